@@ -1,0 +1,1 @@
+"""Programs that measure the library; `results/` holds what they recorded and the tables and plots made from it."""

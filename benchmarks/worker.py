@@ -1,0 +1,250 @@
+"""The one process in which everything is timed, and its leash.
+
+All contenders of a session share a process, so that they meet the same memory, caches and thread pools, and their runs
+are interleaved, so that a slow minute of the machine hits all of them. The process is a child: a solver that hangs or
+crashes is ended and recorded, and the session goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .contenders import TASKS
+from .instances import Instance
+
+__all__ = ["Worker", "certified_bound", "judge"]
+
+PREPARE = 600.0  # seconds for imports, compilation and the instance
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+class Worker:
+    """A process that times one call after another.
+
+    Parameters
+    ----------
+    threads : int
+        For every thread pool in it.
+    extra_path : str or None
+        Folder with further packages.
+    """
+
+    def __init__(self, threads: int, extra_path: str | None) -> None:
+        self._arguments = (threads, extra_path)
+        self._process: Any = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+        # Pools read these when they are loaded, before anything can be told otherwise.
+        saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._arguments[0])))
+        try:
+            self._process.start()
+        finally:
+            for name, value in saved.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        theirs.close()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+    def run(self, task: str, name: str, family: str, n: int, timeout: float, *, memory: bool = False) -> dict[str, Any]:
+        """Run a contender once.
+
+        Parameters
+        ----------
+        task, name : str
+            The contender.
+        family : str
+        n : int
+        timeout : float
+            Seconds for the call itself.
+        memory : bool
+            Whether to measure the memory that the call takes beyond what was there.
+
+        Returns
+        -------
+        dict
+            ``status`` and a ``note`` for ``"absent"`` and ``"failed"``; for ``"ok"`` the ``seconds``, the findings of
+            `judge`, and ``memory`` in bytes (None where the system does not tell).
+        """
+        if self._process is None:
+            self._start()
+        try:
+            self._connection.send((task, name, family, n, memory))
+            reply = self._receive(PREPARE, "was not ready")
+            if reply is None:
+                reply = self._receive(timeout, "did not finish")
+            if "seconds" in reply:
+                reply.update(self._receive(PREPARE, "was not judged"))
+        except TimeoutError as error:
+            self._end()
+            return {"status": "failed", "note": str(error)}
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode
+            self._end()
+            return {"status": "failed", "note": f"ended its process (exit code {code})"}
+        return reply
+
+    def _receive(self, timeout: float, what: str) -> Any:
+        if not self._connection.poll(timeout):
+            msg = f"{what} in {timeout:.0f} s"
+            raise TimeoutError(msg)
+        return self._connection.recv()
+
+
+def _serve(connection: Connection, threads: int, extra_path: str | None) -> None:
+    if extra_path is not None:
+        sys.path.append(extra_path)
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    from couplings import warmup
+
+    torch.set_num_threads(threads)
+    entries = {(task, entry.name): entry for task, all_ in TASKS.items() for entry in all_}
+    warm: set[tuple[str, str]] = set()
+    key: tuple[str, int] | None = None
+    while True:
+        try:
+            task, name, family, n, memory = connection.recv()
+        except EOFError:
+            return
+        if key != (family, n):
+            instance, judging, key = Instance.make(family, n), {}, (family, n)
+        try:
+            with threadpool_limits(threads), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                entry = entries[task, name]
+                if (task, name) not in warm:
+                    if entry.package is None:
+                        warmup()
+                    entry.make(Instance.make(family, 32), threads)()
+                    warm.add((task, name))
+                call = entry.make(instance, threads)
+                connection.send(None)
+                caught.clear()
+                with _memory(memory) as growth, _quiet():
+                    start = time.perf_counter()
+                    answer = call()
+                    seconds = time.perf_counter() - start
+        except ImportError as error:
+            connection.send({"status": "absent", "note": str(error)})
+        except Exception as error:  # whatever a solver raises is a finding about it
+            connection.send({"status": "failed", "note": f"{type(error).__name__}: {error}"})
+        else:
+            note = "; ".join(sorted({str(warning.message) for warning in caught}))
+            connection.send({"status": "ok", "seconds": seconds, "memory": growth.get("bytes"), "note": note})
+            connection.send(judge(task, instance, answer, judging))
+
+
+@contextmanager
+def _quiet() -> Any:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def _memory(measured: bool) -> Any:
+    """Bytes of resident memory at the highest point beyond what was resident before."""
+    growth: dict[str, int] = {}
+    status = Path("/proc/self/status")
+    if not (measured and status.exists()):
+        yield growth
+        return
+    with suppress(AttributeError):  # where malloc is not glibc's
+        ctypes.CDLL(None).malloc_trim(0)  # or the call would be given, unseen, what the instance left behind
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
+    before = _kilobytes(status, "VmRSS")
+    yield growth
+    growth["bytes"] = 1024 * (_kilobytes(status, "VmHWM") - before)
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(field)))
+
+
+def judge(task: str, instance: Instance, answer: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """Look at what a contender returned.
+
+    Parameters
+    ----------
+    task : str
+    instance : Instance
+    answer : object
+        An index for the solvers, a pair (data, noise) for couplings.
+    known : dict
+        Kept between calls with the same instance.
+
+    Returns
+    -------
+    dict
+        Solvers: ``total`` and ``gap``, relative to the best certified bound; no ``gap`` if the answer is no
+        permutation. Couplings: ``reduction`` of the mean squared distance and ``kept``, the share of the noise that
+        survives. Nothing for the others.
+    """
+    if task in ("solve", "memory") and isinstance(answer, np.ndarray):
+        n = len(instance.cost)
+        if not np.array_equal(np.sort(answer), np.arange(n)):
+            return {"total": None, "gap": None}
+        if "bound" not in known:
+            known["bound"] = certified_bound(instance.cost)
+        bound, rounding = known["bound"]
+        total = math.fsum(instance.cost[np.arange(n), answer.astype(np.int64)].astype(np.float64))
+        above = total - bound
+        return {"total": total, "gap": 0.0 if above <= rounding else above / max(abs(total), abs(bound))}
+    if task == "couple":
+        data, noise = answer
+        before = (instance.data - instance.noise).square().sum().item()
+        after = (data - noise).square().sum().item()
+        kept = len(noise.flatten(1).unique(dim=0)) / len(noise)
+        return {"reduction": 1 - after / before, "kept": kept}
+    return {}
+
+
+def certified_bound(cost: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[float, float]:
+    """Lower bound of every assignment's cost, from dual prices, evaluated here and not by the solver that gave them.
+
+    Returns
+    -------
+    bound : float
+        ``sum_j v_j + sum_i min_j (c_ij - v_j)`` in float64.
+    rounding : float
+        What the evaluation may have lost.
+    """
+    from couplings.kernels.auction import solve
+
+    prices = solve(cost).prices
+    rows = [float((row - prices).min()) for row in cost]  # in float64, as the prices are
+    rounding = 4 * np.finfo(float).eps * (math.fsum(map(abs, rows)) + float(np.abs(prices).sum()))
+    return math.fsum([*rows, *prices]), rounding

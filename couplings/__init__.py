@@ -1,0 +1,28 @@
+"""Pair noise with data, in each minibatch, when training diffusion, consistency and flow models.
+
+>>> import torch
+>>> from couplings import couple
+>>> images, noise = torch.rand(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
+>>> noise = couple(images, noise).noise
+"""
+
+from couplings.assigners import MethodInfo, methods, register
+from couplings.coupling import Coupled, Coupling, couple
+from couplings.distances import metrics
+from couplings.kernels import warmup
+from couplings.quantization import quantizers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Coupled",
+    "Coupling",
+    "MethodInfo",
+    "__version__",
+    "couple",
+    "methods",
+    "metrics",
+    "quantizers",
+    "register",
+    "warmup",
+]

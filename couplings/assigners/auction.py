@@ -1,0 +1,45 @@
+"""The default: our fixed-point auction, finished by shortest augmenting paths, with a dual certificate.
+
+Bertsekas (1988), The auction algorithm, doi:10.1007/BF02186476; Jonker and Volgenant (1987), doi:10.1007/BF02278710.
+The loops are in `couplings.kernels.auction`.
+"""
+
+import torch
+from torch import Tensor
+
+from couplings.assigners.registry import Assignment
+
+
+def assign(
+    cost: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    tolerance: float = 0.0,
+    max_bids: int | None = None,
+    max_seconds: float | None = None,
+) -> Assignment:
+    """Assign each row a distinct column at the least total cost.
+
+    Parameters
+    ----------
+    cost : (n, m) Tensor
+        With ``m >= n``.
+    generator : torch.Generator, optional
+        Not used: the method is deterministic.
+    tolerance : float
+        Relative gap at which to stop early, certified; 0 solves exactly.
+    max_bids : int, optional
+        Stop after this many bids with a valid permutation and an honest gap.
+    max_seconds : float, optional
+        Stop after this many seconds, likewise; the one option whose result depends on the machine's speed.
+    """
+    from couplings.kernels.auction import solve
+
+    solution = solve(
+        cost.numpy(force=True),
+        tolerance=tolerance,
+        max_bids=max_bids,
+        max_seconds=max_seconds,
+        threads=torch.get_num_threads(),
+    )
+    return Assignment(torch.from_numpy(solution.index), max(0.0, solution.total - solution.lower_bound))

@@ -1,0 +1,26 @@
+"""Run a kernel over slices of the rows on a few threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+__all__ = ["over_rows"]
+
+
+def over_rows(kernel: Callable[[int, int], object], n: int, threads: int) -> None:
+    """Call ``kernel(start, stop)`` over a partition of ``range(n)``, one slice per thread.
+
+    The pool lives for this call only: starting it costs tens of microseconds, and a pool kept between calls would
+    be dead weight in a forked DataLoader worker, where its threads no longer exist.
+    """
+    if threads <= 1 or n < 2 * threads:
+        kernel(0, n)
+        return
+    cuts = [n * k // threads for k in range(threads + 1)]
+    with ThreadPoolExecutor(threads - 1) as pool:
+        rest = [pool.submit(kernel, a, b) for a, b in pairwise(cuts[1:])]
+        kernel(cuts[0], cuts[1])
+        for future in rest:
+            future.result()

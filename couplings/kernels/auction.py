@@ -1,0 +1,345 @@
+"""The exact assignment solver: a fixed-point auction finished by shortest augmenting paths, with a certificate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _assignment as kernels
+from ._threads import over_rows
+
+__all__ = ["Solution", "solve"]
+
+START = 0.1  # first epsilon, in standard deviations of the cost
+FINAL = 1e-4  # last epsilon
+SHRINK = 7.0  # from one phase to the next
+WAR = 30  # bids a row in one phase: more than all phases take together where prices do not run away
+RANGE = 8.0  # standard deviations of the cost that a sketch resolves
+SERIAL = 2_000_000  # matrices with fewer entries are read by one thread
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An assignment of every row to a column of its own, with its dual certificate.
+
+    Attributes
+    ----------
+    index : (n,) int64
+        Column of each row; all different.
+    prices : (m,) float64
+        Column duals ``v`` in the units of the cost: with ``u_i = min_j(c_ij - v_j)``, no reduced cost
+        ``c_ij - u_i - v_j`` is negative. Zero at most, and zero where a column is unassigned (m > n, exact).
+    total : float
+        Sum of the chosen entries, correctly rounded.
+    lower_bound : float
+        No assignment of the matrix costs less: the dual objective, less all rounding.
+    bids : int
+        Bids made by the auction.
+    exact : bool
+        Whether the assignment is an optimum of the fixed-point matrix, or certified within 1e-6 of the optimum.
+    """
+
+    index: npt.NDArray[np.int64]
+    prices: npt.NDArray[np.float64]
+    total: float
+    lower_bound: float
+    bids: int
+    exact: bool
+
+    @property
+    def gap(self) -> float:
+        """Certified ``(total - optimum) / |total|`` at most; 0 if both are 0, inf if only the total is."""
+        return _gap(self.total, self.lower_bound)
+
+
+def _gap(total: float, bound: float) -> float:
+    if total <= bound:
+        return 0.0
+    return (total - bound) / abs(total) if total else math.inf
+
+
+def solve(
+    cost: npt.NDArray[Any],
+    *,
+    tolerance: float = 0.0,
+    max_bids: int | None = None,
+    max_seconds: float | None = None,
+    warm_start: npt.NDArray[np.float64] | None = None,
+    threads: int | None = None,
+) -> Solution:
+    """Assign every row of a cost matrix to a column of its own, at least total cost.
+
+    Parameters
+    ----------
+    cost : (n, m) float32 or float64 array, m >= n >= 1
+        Finite, any strides; never modified.
+    tolerance : float
+        Relative gap, certified, at which to stop early.
+    max_bids : int, optional
+        Bids after which to stop with the best permutation at hand.
+    max_seconds : float, optional
+        Wall-clock time after which to do so. The only argument by which the answer can differ between runs.
+    warm_start : (m,) array, optional
+        ``Solution.prices`` of a similar problem with the same columns.
+    threads : int, optional
+        Threads that read the matrix (default 1). The answer does not depend on it.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    TypeError
+        If `cost` is not a float32 or float64 array.
+    ValueError
+        If `cost` is not (n, m) with m >= n >= 1, or an option is out of range.
+
+    Notes
+    -----
+    Costs become whole numbers of levels above their row's smallest: 2^48 of them up to the total (above the row
+    minima) of a feasible assignment, beyond which no entry can be part of an optimum. For float32 costs of
+    ordinary range that loses nothing. An epsilon-scaled Gauss-Seidel auction [1]_ prices the columns, rows that
+    are not tight are freed, and shortest augmenting paths [2]_ finish them: at most n Dijkstra searches, so there
+    is no price war that could hang. Memory beyond the matrix: O(n + m) plus 48 list entries a row.
+
+    References
+    ----------
+    .. [1] Bertsekas, "The auction algorithm", Annals of Operations Research 14 (1988), doi:10.1007/BF02186476.
+    .. [2] Jonker and Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment
+       problems", Computing 38 (1987), doi:10.1007/BF02278710.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> solve(np.array([[1.0, 2.0], [0.0, 5.0]])).index
+    array([1, 0])
+    """
+    _check(cost, tolerance, max_bids, max_seconds, warm_start)
+    deadline = math.inf if max_seconds is None else time.perf_counter() + max_seconds
+    C = np.ascontiguousarray(cost).view()
+    C.flags.writeable = False  # one kernel signature for all callers, and a promise kept by Numba
+    search = _Search(C, 1 if threads is None or C.size < SERIAL else threads, deadline)
+    return search.run(tolerance, math.inf if max_bids is None else max_bids, warm_start)
+
+
+def _check(
+    cost: npt.NDArray[Any],
+    tolerance: float,
+    max_bids: int | None,
+    max_seconds: float | None,
+    warm_start: npt.NDArray[np.float64] | None,
+) -> None:
+    if not isinstance(cost, np.ndarray) or cost.dtype not in (np.float32, np.float64):
+        got = f"{cost.dtype} array" if isinstance(cost, np.ndarray) else type(cost).__name__
+        msg = f"cost must be a float32 or float64 NumPy array, got {got}; convert it with cost.astype('float32')"
+        raise TypeError(msg)
+    if cost.ndim != 2 or not 1 <= cost.shape[0] <= cost.shape[1]:
+        msg = f"cost must be (n, m) with m >= n >= 1, got shape {cost.shape}; transpose it if rows outnumber columns"
+        raise ValueError(msg)
+    for name, value in (("tolerance", tolerance), ("max_bids", max_bids), ("max_seconds", max_seconds)):
+        if value is not None and not value >= 0:
+            msg = f"{name} must be at least 0, got {value}"
+            raise ValueError(msg)
+    if warm_start is not None and (np.shape(warm_start) != cost.shape[1:] or not np.isfinite(warm_start).all()):
+        msg = f"warm_start must hold a finite price for each of {cost.shape[1]} columns, got {np.shape(warm_start)}"
+        raise ValueError(msg)
+
+
+class _Search:
+    """State of one solve: prices, the partial matching, and the rows' lists."""
+
+    def __init__(self, C: npt.NDArray[Any], threads: int, deadline: float) -> None:
+        n, m = C.shape
+        self.C, self.n, self.m, self.threads, self.deadline = C, n, m, threads, deadline
+        self.bids = 0
+        self.reads = 0
+        self.low = np.empty(n)
+        self.spread = self._spread()
+        # Sketching pays where rows are long; its steps are a power of two, so that it rounds down exactly.
+        fine = kernels.COARSE / (RANGE * self.spread) if self.spread > 0.0 else math.inf
+        self.steps = math.ldexp(1.0, math.floor(math.log2(fine))) if 0.0 < fine < 1e300 else 0.0
+        if m <= kernels.SMALL:
+            self.steps = 0.0
+        self.sketch = np.empty((n, m if self.steps else 0), np.int16)
+        if self.steps:
+            self._over_rows(kernels.survey, C, self.low, self.sketch, self.steps)
+        else:
+            self._over_rows(kernels.smallest, C, self.low)
+        self.mate = np.arange(n)
+        self.ceiling = self._feasible()
+
+    def _over_rows(self, kernel: Callable[..., object], *arguments: object) -> None:
+        over_rows(lambda start, stop: kernel(*arguments, start, stop), self.n, self.threads)
+
+    def _spread(self) -> float:
+        """Return a standard deviation of the costs, less rows and columns, that a few huge entries cannot move."""
+        sample = self.C[:: self.n // 32 + 1, :: self.m // 64 + 1].astype(np.float64)
+        sample -= np.median(sample, axis=1, keepdims=True)
+        sample -= np.median(sample, axis=0)
+        return 1.5 * float(np.median(np.abs(sample)))
+
+    def _feasible(self) -> float:
+        """Total above the row minima of the best of a few cyclic assignments, which stays as the first matching."""
+        rows = np.arange(self.n)
+        best = math.inf
+        for shift in {self.m * k // 4 for k in range(4)}:
+            columns = (rows + shift) % self.m
+            total = float((self.C[rows, columns].astype(np.float64) - self.low).sum())
+            if total < best:
+                best, self.mate = total, columns
+        return best
+
+    def run(self, tolerance: float, max_bids: float, warm: npt.NDArray[np.float64] | None) -> Solution:
+        """Solve, and again with finer levels where the first feasible assignment made them too coarse."""
+        while self.ceiling > 0.0:
+            ceiling = self.ceiling
+            best = self._attempt(tolerance, max_bids, warm)
+            self.ceiling = float((self._chosen() - self.low).sum())
+            if best.gap <= max(tolerance, 1e-7) or self.ceiling > ceiling / 4 or self._spent(max_bids):
+                return best
+        # Every row has its minimum: the bound is the total itself.
+        total = math.fsum(self.low)
+        return Solution(self.mate, np.zeros(self.m), total, total, self.bids, exact=True)
+
+    def _spent(self, max_bids: float) -> bool:
+        return self.bids >= max_bids or time.perf_counter() >= self.deadline
+
+    def _attempt(self, tolerance: float, max_bids: float, warm: npt.NDArray[np.float64] | None) -> Solution:
+        """Solve the matrix whose levels reach beyond the present ceiling."""
+        n, m = self.n, self.m
+        # Half the range, so that what is cut off at CAP is dearer than the whole feasible assignment.
+        scale = math.ldexp(1.0, math.floor(math.log2(kernels.CAP / self.ceiling)) - 1)
+        step = scale / self.steps if self.steps else 0.0
+        sketch = self.sketch if step >= 1.0 else self.sketch[:, :0].copy()
+        self.costs = kernels.Costs(self.C, self.low, scale, sketch, step)
+        self._open(np.zeros(m))
+        free = np.empty(n, np.int64)
+        self._release(free)
+        if m == n:
+            best = self._scale(free, tolerance, max_bids)
+            if best is not None:
+                return best
+        left = kernels.loosen(self.costs, self.prices, self.lists, self.owner, self.mate, free)
+        left = self._bid(free, left, 0.0, min(max_bids, self.bids + 20 * n))
+        while left and not self._spent(max_bids):
+            stop = 0 if self.deadline == math.inf else left - 1
+            left = kernels.augment(self.costs, self.prices, self.lists, self.owner, self.mate, free, left, stop)
+        self._complete(free[:left])
+        return self._solution()
+
+    def _scale(self, free: npt.NDArray[np.int64], tolerance: float, max_bids: float) -> Solution | None:
+        """Epsilon scaling: a matching of all rows, nearly tight, or none of them; a solution if that is good enough."""
+        n = self.n
+        calm = kernels.openings(self.lists, np.zeros(n, np.bool_)) > n // 2
+        if calm:
+            # Little competition: bids without epsilon may settle most rows, and any epsilon would only blur ties.
+            if self._bid(free, n, 0.0, min(max_bids, self.bids + 4 * n)) <= n // 8:
+                return None
+            self._release(free)
+        spread = min(self.spread or self.ceiling / n, self.ceiling) * self.costs.scale
+        eps = START * spread
+        reduced = False
+        while True:
+            bids, self.reads = self.bids, 0
+            if self._bid(free, n, max(1.0, np.rint(eps)), min(max_bids, self.bids + WAR * n)):
+                if reduced or self._spent(max_bids):
+                    return None
+                # A price war: some columns are far from every row, and bids close that distance in small steps.
+                reduced = True
+                self._release(free)
+                self._open(self._reduced_columns())
+                continue
+            if calm and self.reads > (self.bids - bids) // 2:
+                # So many columns are within epsilon that lists are of no use: leave all to the shortest paths.
+                self._release(free)
+                self._open(np.zeros(n))
+                return None
+            if tolerance > 0.0:
+                best = self._solution()
+                if best.gap <= tolerance:
+                    return best
+            if eps <= FINAL * spread:
+                return None
+            eps = max(eps / SHRINK, FINAL * spread)
+            self._release(free)
+            self._price(self.prices.exact)
+
+    def _open(self, prices: npt.NDArray[np.float64]) -> None:
+        """Start at these prices, with lists to match: old lists hold only while prices rise."""
+        n, m = self.n, self.m
+        self._price(prices)
+        width = m if m <= kernels.SMALL else kernels.LIST
+        self.lists = kernels.Lists(
+            np.empty((n, width), np.uint32), np.empty((n, width)), np.zeros(n, np.int64), np.full(n, -np.inf)
+        )
+        self._over_rows(kernels.fill_all, self.costs, self.prices, self.lists)
+
+    def _price(self, exact: npt.NDArray[np.float64]) -> None:
+        """Start from these prices, which are sketched above their smallest."""
+        base = float(exact.min())
+        step = self.costs.step or 1.0
+        coarse = np.minimum((exact - base) / step, kernels.COARSE).astype(np.int16)
+        self.prices = kernels.Prices(exact, coarse, base)
+
+    def _reduced_columns(self) -> npt.NDArray[np.float64]:
+        """Prices that make up for what all rows pay for a column (column reduction, Jonker and Volgenant 1987)."""
+        least = np.full(self.m, np.inf)
+        for start in range(0, self.n, 64):
+            rows = slice(start, start + 64)
+            np.minimum(least, (self.C[rows] - self.low[rows, None]).min(0), out=least)
+        prices: npt.NDArray[np.float64] = np.rint(np.minimum((least.max() - least) * self.costs.scale, kernels.CAP))
+        return prices
+
+    def _release(self, free: npt.NDArray[np.int64]) -> None:
+        """Free every row."""
+        self.owner = np.full(self.m, -1)
+        self.mate = np.full(self.n, -1)
+        free[:] = np.arange(self.n - 1, -1, -1)
+
+    def _bid(self, free: npt.NDArray[np.int64], left: int, eps: float, max_bids: float) -> int:
+        """Run the auction on the first `left` of the stack `free`; return how many rows it leaves there."""
+        while left and not self._spent(max_bids):
+            limit = min(max_bids - self.bids, 1 << 62 if self.deadline == math.inf else max(256, 20_000_000 // self.m))
+            left, bids, reads = kernels.bid(
+                self.costs, self.prices, self.lists, self.owner, self.mate, free, left, eps, int(limit)
+            )
+            self.bids += bids
+            self.reads += reads
+            if bids < limit:
+                break
+        return int(left)
+
+    def _complete(self, free: npt.NDArray[np.int64]) -> None:
+        """Give each free row the cheapest column still free: the end of a run that was cut short."""
+        for i in free:
+            vacant = np.flatnonzero(self.owner < 0)
+            j = vacant[np.argmin(self.C[i, vacant])]
+            self.owner[j], self.mate[i] = i, j
+
+    def _chosen(self) -> npt.NDArray[np.float64]:
+        chosen: npt.NDArray[np.float64] = self.C[np.arange(self.n), self.mate].astype(np.float64)
+        return chosen
+
+    def _solution(self) -> Solution:
+        """Read the whole matrix once more for what the prices prove about this matching."""
+        dual, slack = np.empty(self.n), np.empty(self.n)
+        self._over_rows(kernels.slacks, self.costs, self.prices, self.mate, slack, dual)
+        p, scale = self.prices.exact, self.costs.scale
+        total = math.fsum(self._chosen().tolist())
+        # Any prices give a bound: n columns pay at most the n largest.
+        paid = np.sort(p)[self.m - self.n :]
+        bound = math.fsum(self.low.tolist() + (dual / scale).tolist() + (-paid / scale).tolist())
+        if not kernels.lossless(self.C, self.low, scale):
+            bound = math.nextafter(bound - self.n / scale, -math.inf)
+        bound = min(bound, total)
+        optimal = not slack.any() and (self.m == self.n or bool((p[self.owner < 0] == p.min()).all()))
+        prices = (p.min() - p) / scale
+        exact = optimal or _gap(total, bound) <= 1e-6
+        return Solution(self.mate.copy(), prices, total, bound, self.bids, exact)

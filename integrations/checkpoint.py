@@ -1,0 +1,174 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON, whole or not there at all.
+
+A checkpoint is a folder ``step-<N>``. It is written under another name, flushed to disk and then
+renamed, so a reader never sees half of one; ``state.json`` holds a checksum of every other file, so
+damage done later is noticed too. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose checksums agree."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Load one group of tensors."""
+        # The file maps tensors at odd addresses, where kernels round differently; copies are aligned,
+        # and a resumed run continues bit for bit.
+        return {key: value.clone() for key, value in load_file(self.folder / f"{name}.safetensors").items()}
+
+
+def save(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], texts: dict[str, str]
+) -> Path:
+    """Write the checkpoint of ``step`` into ``folder``.
+
+    Parameters
+    ----------
+    folder : Path
+        Where checkpoints lie.
+    step : int
+        Optimizer steps done.
+    tensors : dict
+        Groups of named tensors, one file each.
+    state : dict
+        JSON values.
+    texts : dict
+        Further files by name.
+
+    Raises
+    ------
+    CheckpointError
+        If the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step}"
+    partial = folder / f".step-{step}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, group in tensors.items():
+            plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(plain, partial / f"{name}.safetensors")
+        for name, text in texts.items():
+            (partial / name).write_text(text)
+        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        document = {"step": step, "files": files, **state}
+        (partial / "state.json").write_text(json.dumps(document, indent=1))
+        for path in partial.iterdir():
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+    except Exception as error:  # safetensors reports a full disk by its own exception type
+        shutil.rmtree(partial, ignore_errors=True)
+        msg = f"could not write the checkpoint of step {step} to {folder}: {error}"
+        raise CheckpointError(msg) from error
+    return final
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open one checkpoint folder, verifying its checksums.
+
+    Raises
+    ------
+    CheckpointError
+        If it is incomplete or damaged.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for name, digest in state["files"].items():
+            if _sha256(folder / name) != digest:
+                msg = f"{folder}: {name} does not match its checksum"
+                raise CheckpointError(msg)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        msg = f"{folder}: incomplete checkpoint ({type(error).__name__}: {error})"
+        raise CheckpointError(msg) from None
+    return Checkpoint(folder, state["step"], state)
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint in ``folder``, ascending, without verifying them."""
+    if not folder.is_dir():
+        return []
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """Open the newest intact checkpoint; damaged ones are reported and passed over."""
+    for step in reversed(steps(folder)):
+        try:
+            return read(folder / f"step-{step}")
+        except CheckpointError as error:
+            log.warning("%s; using the checkpoint before it", error)
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
+    for step in steps(folder)[:-keep]:
+        # Renamed first: a deletion that is interrupted must not look like a checkpoint.
+        doomed = folder / f".step-{step}.old"
+        (folder / f"step-{step}").rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into tensors and JSON values."""
+    full = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for row, values in full["state"].items():
+        for key, value in values.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{row}.{key}"] = value
+    return tensors, {"scalars": scalars, "param_groups": full["param_groups"]}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Undo `optimizer_state`."""
+    state: dict[int, dict[str, Any]] = {}
+    for address, value in {**tensors, **plain["scalars"]}.items():
+        row, key = address.split(".", 1)
+        state.setdefault(int(row), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

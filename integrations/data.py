@@ -1,0 +1,299 @@
+"""Data sources: each gives uint8 images with their labels by row number."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import os
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .config import Data, RecipeError
+
+# Names of hub data sets, and the centred square that is usual for them (CelebA's faces fill 140 of 178 x 218).
+HUB = {
+    "cifar10": ("uoft-cs/cifar10", 32, None),
+    "celeba": ("flwrlabs/celeba", 64, 140),
+    "tiny-imagenet": ("zh-plus/tiny-imagenet", 64, None),
+    "imagenet": ("ILSVRC/imagenet-1k", 256, None),
+}
+
+
+class DataError(RuntimeError):
+    """Data that cannot be read."""
+
+
+@dataclass
+class Batch:
+    """Rows of a source.
+
+    Parameters
+    ----------
+    images : (n, c, h, w) uint8 Tensor
+        Pixels.
+    labels : (n,) int64 Tensor
+        Classes; all zero for unlabelled data.
+    unreadable : list of str
+        What could not be read and was replaced.
+    """
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[str] = field(default_factory=list)
+
+
+class Images(Dataset[Batch]):
+    """A map-style source: ``source[rows]`` is the `Batch` of those rows.
+
+    Attributes
+    ----------
+    shape : tuple
+        Shape (c, h, w) of every image.
+    classes : list of str
+        Names of the classes.
+    """
+
+    shape: tuple[int, int, int]
+    classes: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, rows: list[int]) -> Batch: ...
+
+
+class ArrayImages(Images):
+    """Images held in memory.
+
+    Parameters
+    ----------
+    images : (n, c, h, w) uint8 array
+        Pixels.
+    labels : (n,) int array
+        Classes.
+    classes : list of str
+        Their names.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> None:
+        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.classes = classes
+        channels, height, width = self.images.shape[1:]
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        index = torch.as_tensor(rows)
+        return Batch(self.images[index], self.labels[index])
+
+
+class FileImages(Images):
+    """Encoded images of a ``datasets.Dataset``, decoded when asked for.
+
+    Parameters
+    ----------
+    table : datasets.Dataset
+        Has a column of images and, maybe, one of labels.
+    config : Data
+        How to cut and scale them.
+    """
+
+    def __init__(self, table: Any, config: Data) -> None:
+        import datasets
+
+        features = table.features
+        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        if not images:
+            msg = f"data.source: got {config.source!r} with columns {list(features)}, expected a column of images"
+            raise RecipeError(msg)
+        self.label = labels[0] if labels else None
+        self.classes = list(features[self.label].names) if self.label else [""]
+        self.image = images[0]
+        # Decoded here rather than by datasets, so that a damaged file can be named and replaced.
+        self.table = table.cast_column(self.image, datasets.Image(decode=False))
+        self.config = config
+        readings = (self._read(row) for row in range(min(100, len(self.table))))
+        first = next((image for image, _ in readings if image is not None), None)
+        if first is None:
+            msg = f"data.source: {config.source}: none of the first images can be read"
+            raise DataError(msg)
+        self.shape = tuple(first.shape)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _read(self, row: int) -> tuple[Tensor | None, str]:
+        entry = self.table[row][self.image]
+        try:
+            content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                return square(image.convert(self.config.mode), self.config), ""
+        except UnidentifiedImageError:  # its own text names a buffer
+            return None, f"{entry['path'] or 'image'} (row {row}): not an image"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return None, f"{entry['path'] or 'image'} (row {row}): {error}"
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        images, labels, unreadable = [], [], []
+        for asked in rows:
+            row, (image, error) = asked, self._read(asked)
+            while image is None:
+                if self.config.on_unreadable == "raise" or len(unreadable) == 100:
+                    msg = f"unreadable image: {error}"
+                    raise DataError(msg)
+                unreadable.append(error)
+                # Its neighbour, not a random one: the same whoever loads it.
+                row = (row + 1) % len(self)
+                image, error = self._read(row)
+            if tuple(image.shape) != self.shape:
+                msg = f"row {row} is {tuple(image.shape)}, the first image is {self.shape}: set data.resolution"
+                raise DataError(msg)
+            images.append(image)
+            labels.append(self.table[row][self.label] if self.label else 0)
+        return Batch(torch.stack(images), torch.tensor(labels), unreadable)
+
+
+def square(image: Image.Image, config: Data) -> Tensor:
+    """Cut the centred square, scale it to the resolution and return ``(c, h, w)`` uint8."""
+    side = config.crop or min(image.size)
+    if config.resolution is not None or config.crop is not None:
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        target = config.resolution or side
+        # Cut first: a filter given a box would still look beyond its edges.
+        image = image.crop((left, top, left + side, top + side)).resize((target, target), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+class Subset(Images):
+    """Some rows of a source."""
+
+    def __init__(self, source: Images, rows: Tensor) -> None:
+        self.source, self.rows = source, rows
+        self.shape, self.classes = source.shape, source.classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        return self.source[self.rows[torch.as_tensor(rows)].tolist()]
+
+
+def load_source(config: Data) -> Images:
+    """Open the source that a recipe names.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read.
+    RecipeError
+        If it does not fit the recipe.
+    """
+    kind, _, place = config.source.partition(":")
+    if kind == "digits":
+        source: Images = _digits()
+    elif kind == "photo-crops":
+        source = _photo_crops(config.resolution or 32)
+    elif kind == "idx":
+        source = _idx(Path(place))
+    else:
+        source = _hub(config, kind, place)
+    if config.resolution is not None and source.shape[1:] != (config.resolution, config.resolution):
+        height, width = source.shape[1:]
+        msg = f"data.resolution: got {config.resolution}, but the images of {config.source} are {height} x {width}"
+        raise RecipeError(msg)
+    if config.subset_fraction < 1:
+        generator = torch.Generator().manual_seed(config.subset_seed)
+        count = max(1, round(config.subset_fraction * len(source)))
+        source = Subset(source, torch.randperm(len(source), generator=generator)[:count].sort().values)
+    return source
+
+
+def _digits() -> ArrayImages:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return ArrayImages(pixels, digits.target, [str(name) for name in digits.target_names])
+
+
+def _photo_crops(side: int, stride: int = 8) -> ArrayImages:
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    photographs = {name: getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
+    samples = load_sample_images()
+    photographs |= {Path(name).stem: image for name, image in zip(samples.filenames, samples.images, strict=True)}
+    crops, labels = [], []
+    for label, image in enumerate(photographs.values()):
+        windows = np.lib.stride_tricks.sliding_window_view(image, (side, side), axis=(0, 1))[::stride, ::stride]
+        crops.append(windows.reshape(-1, *windows.shape[2:]))
+        labels.append(np.full(len(crops[-1]), label))
+    return ArrayImages(np.concatenate(crops), np.concatenate(labels), list(photographs))
+
+
+def _idx(folder: Path) -> ArrayImages:
+    images, labels = _read_idx(folder / "train-images-idx3-ubyte"), _read_idx(folder / "train-labels-idx1-ubyte")
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        found = f"images {images.shape} and labels {labels.shape}"
+        msg = f"data.source: idx:{folder}: got {found}, expected (n, h, w) and (n,)"
+        raise DataError(msg)
+    return ArrayImages(images[:, None], labels, [str(label) for label in range(labels.max() + 1)])
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    zipped = path.with_name(f"{path.name}.gz")
+    try:
+        content = gzip.decompress(zipped.read_bytes()) if zipped.is_file() else path.read_bytes()
+    except (OSError, EOFError) as error:
+        msg = f"data.source: cannot read {zipped if zipped.is_file() else path}: {error}"
+        raise DataError(msg) from error
+    # Magic number: two zero bytes, 8 for uint8, the number of axes; then their lengths, big-endian.
+    axes = content[3] if content[:3] == b"\0\0\x08" else 0
+    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes))
+    start = 4 + 4 * axes
+    if not axes or len(content) - start != int(np.prod(shape)):
+        msg = f"data.source: {path}: not a complete idx file of bytes"
+        raise DataError(msg)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+
+
+def _hub(config: Data, kind: str, place: str) -> FileImages:
+    import datasets
+
+    if kind in HUB:
+        place, side, crop = HUB[kind]
+        config = dataclasses.replace(config, resolution=config.resolution or side, crop=config.crop or crop)
+    try:
+        if kind == "folder":
+            table = datasets.load_dataset("imagefolder", data_dir=os.fspath(Path(place)), split="train")
+        else:
+            table = datasets.load_dataset(place, split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        msg = f"data.source: cannot open {config.source}: {error}"
+        raise DataError(msg) from error
+    return FileImages(table, config)
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """Map uint8 pixels to floats in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map floats in [-1, 1] to uint8 pixels, clipping."""
+    return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

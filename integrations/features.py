@@ -1,0 +1,141 @@
+"""Feature networks for Frechet distances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .data import Images, to_signed, to_uint8
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier; its penultimate layer gives the features.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of the images.
+    classes : int
+        Number of classes.
+    num_features : int
+        Features per image.
+    """
+
+    def __init__(self, channels: int, classes: int, num_features: int = 64) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, num_features),
+        )
+        self.head = nn.Linear(num_features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``(n, num_features)`` float64 features of ``(n, c, h, w)`` images in [-1, 1].
+
+        In float64 because torchmetrics casts its result to the features' type.
+        """
+        return self.body(images.float()).double()
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Stay in evaluation mode: torchmetrics switches its feature network with itself."""
+        return super().train(False)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return class scores."""
+        return self.head(F.relu(self.body(images)))
+
+    def save(self, path: Path, accuracy: float) -> None:
+        """Write weights and sizes as safetensors."""
+        sizes = [self.body[0].in_channels, self.head.out_features, self.num_features]
+        save_file(self.state_dict(), path, {"sizes": json.dumps(sizes), "accuracy": json.dumps(accuracy)})
+
+    @classmethod
+    def load(cls, path: Path) -> Classifier:
+        """Read what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            network = cls(*json.loads(file.metadata()["sizes"]))
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return network.requires_grad_(False)
+
+
+class Inception(nn.Module):
+    """The network of the published FID: torch-fidelity's port of the 2015 Inception graph.
+
+    torch-fidelity looks for its weights in ``torch.hub.get_dir()/checkpoints`` and downloads them otherwise.
+    """
+
+    num_features = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            msg = f"features: inception needs torch-fidelity: pip install 'couplings[fid]' ({error})"
+            raise ImportError(msg) from error
+        self.extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``(n, 2048)`` float64 features of ``(n, 1 or 3, h, w)`` images in [-1, 1]."""
+        pixels = to_uint8(images).expand(-1, 3, -1, -1)
+        return self.extractor(pixels)[0].double()
+
+
+def train_classifier(
+    source: Images, *, seed: int = 0, steps: int = 300, batch_size: int = 128
+) -> tuple[Classifier, float]:
+    """Train on four fifths of ``source``; return the network and its accuracy on the rest.
+
+    Parameters
+    ----------
+    source : Images
+        Labelled images.
+    seed : int
+        Decides weights, split and order.
+    steps : int
+        Optimizer steps.
+    batch_size : int
+        Images per step.
+
+    Raises
+    ------
+    ValueError
+        If the source has no labels.
+    """
+    if len(source.classes) < 2:
+        msg = "features: classifier needs labelled data with at least two classes; give the path of a trained one"
+        raise ValueError(msg)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(source.shape[0], len(source.classes))
+    order = torch.randperm(len(source), generator=generator)
+    held_out, training = order[: len(order) // 5], order[len(order) // 5 :]
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for _ in range(steps):
+        rows = training[torch.randint(len(training), (batch_size,), generator=generator)]
+        batch = source[rows.tolist()]
+        loss = F.cross_entropy(network.logits(to_signed(batch.images)), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    network.requires_grad_(False)
+    right = 0
+    for rows in held_out.split(500):
+        batch = source[rows.tolist()]
+        right += int((network.logits(to_signed(batch.images)).argmax(1) == batch.labels).sum())
+    return network, right / len(held_out)

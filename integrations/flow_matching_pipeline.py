@@ -1,0 +1,60 @@
+"""Sample a flow-matching model; a copy of this file travels in the exported folder as ``pipeline.py``.
+
+>>> pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+>>> images = pipeline(batch_size=16, num_inference_steps=10).images
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class FlowMatchingPipeline(DiffusionPipeline):
+    """Integrate the velocity field of ``unet`` from noise at t = 1 to images at t = 0, by Euler steps.
+
+    Parameters
+    ----------
+    unet : ModelMixin
+        The velocity ``noise - data`` at ``x_t = (1 - t) data + t noise``; it is told ``1000 t``.
+    """
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.register_modules(unet=unet)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 20,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw images.
+
+        Parameters
+        ----------
+        batch_size : int
+            How many.
+        generator : torch.Generator, optional
+            Source of the noise.
+        num_inference_steps : int
+            Euler steps, each one evaluation of the network.
+        output_type : {"pil", "np"}
+            PIL images, or an ``(n, h, w, c)`` array in [0, 1].
+        return_dict : bool
+            Return an `ImagePipelineOutput` rather than a tuple.
+        """
+        config = self.unet.config
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        times = torch.linspace(1, 0, num_inference_steps + 1, device=x.device)
+        for i in self.progress_bar(range(num_inference_steps)):
+            x = x + (times[i + 1] - times[i]) * self.unet(x, 1000 * times[i]).sample
+        images = (x / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,93 @@
+"""Draw samples from a trained checkpoint: ``python -m integrations.sample CHECKPOINT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .config import RecipeError
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Return the options that sampling and evaluation share."""
+    options = argparse.ArgumentParser(
+        prog=f"python -m integrations.{program}",
+        description=description,
+        epilog="Any field of the recipe can be overridden too: --objective.eta 1, --evaluate.batch_size 100, ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a run's folder (its newest checkpoint is taken) or one of its checkpoints/step-<N>",
+    )
+    options.add_argument("--steps", type=int, nargs="+", help="numbers of sampling steps (default: the recipe's)")
+    options.add_argument("--samples", type=int, help="images for each number of steps (default: the recipe's)")
+    options.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
+    return options
+
+
+def overrides(arguments: argparse.Namespace, further: list[str]) -> list[str]:
+    """Turn the options into overrides of the recipe's ``evaluate`` section."""
+    found = []
+    if arguments.steps is not None:
+        found += ["--evaluate.steps", str(arguments.steps)]
+    for name in ("samples", "seed"):
+        if getattr(arguments, name) is not None:
+            found += [f"--evaluate.{name}", str(getattr(arguments, name))]
+    return found + further
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    options = parser(
+        "sample", "Draw samples with the averaged weights of a checkpoint: a grid for each number of sampling steps."
+    )
+    options.add_argument(
+        "--images",
+        choices=("folder", "npz"),
+        help="write every image too: as steps-<k>/<number>.png, or as steps-<k>.npz (arr_0: (n, h, w, c) uint8)",
+    )
+    options.add_argument(
+        "--output", type=Path, help="folder of the results (default: samples/step-<N> in the run's folder)"
+    )
+    arguments, further = options.parse_known_args(argv)
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from rich.console import Console
+    from rich.progress import track
+
+    from . import measure, pictures
+    from .checkpoint import CheckpointError
+    from .data import DataError, to_uint8
+
+    try:
+        trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further))
+    except (RecipeError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    section = trained.recipe.evaluate
+    output = arguments.output or trained.recipe.output / "samples" / f"step-{trained.step}"
+    output.mkdir(parents=True, exist_ok=True)
+    for steps in section.steps:
+        batches = measure.draw(trained, section.samples, steps)
+        count = -(-section.samples // section.batch_size)
+        console = Console(stderr=True)
+        images = torch.cat(list(track(batches, f"{steps} steps", total=count, console=console)))
+        pictures.grid(images[:64]).save(output / f"steps-{steps}.png")
+        pixels = np.ascontiguousarray(to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy())
+        if arguments.images == "npz":
+            np.savez_compressed(output / f"steps-{steps}.npz", pixels)
+        elif arguments.images == "folder":
+            folder = output / f"steps-{steps}"
+            folder.mkdir(exist_ok=True)
+            for number, image in enumerate(pixels):
+                Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(folder / f"{number:05}.png")
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

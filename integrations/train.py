@@ -1,0 +1,44 @@
+"""Train a generative model with coupled noise: ``python -m integrations.train RECIPE.yaml``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from . import config
+
+PROG = "python -m integrations.train"
+USAGE = f"""usage: {PROG} RECIPE.yaml [--section.field VALUE ...] [--output FOLDER] [--resume auto]
+
+Trains what the recipe describes and writes to its output folder (default runs/<recipe name>):
+recipe.yaml, metrics.jsonl, checkpoints/step-<N>/, samples/ and, at the end, pipeline/.
+
+  RECIPE.yaml --help     every field of that recipe, with its meaning, type and default
+  --resume auto          continue from the newest intact checkpoint, or start if there is none
+
+RECIPE.yaml is a file or one of the bundled recipes: """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE + ", ".join(config.bundled()))
+        raise SystemExit(0 if argv else 2)
+    recipe = config.load_or_exit(argv, PROG)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+    # Only now the heavy imports: a mistake in the recipe has been reported already.
+    from .checkpoint import CheckpointError
+    from .data import DataError
+    from .loop import TrainingError, train
+
+    try:
+        train(recipe)
+    except (config.RecipeError, DataError, TrainingError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What comes back from a coupling over ranks, and what it took."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from cases import UNEVEN, Case, couple_share, couple_whole, told
+
+from couplings import Coupling, couple
+
+
+def rows_of(world):
+    return UNEVEN[world.size - 1]
+
+
+def tie_to_noise(case):
+    """Couple, then send along what is tied to the noise: numbered rows in several forms."""
+    rank = dist.get_rank()
+    data, noise, _ = case.share(rank)
+    coupled = couple(data, noise, scope="global", **case.options)
+    first = sum(case.noise_rows[:rank])
+    number = torch.arange(first, first + len(noise))
+    return {
+        "index": coupled.index.numpy(),
+        "seeds": coupled.apply(number).numpy(),
+        "masks": coupled.apply(number[:, None, None].expand(-1, 2, 3) % 2 == 0).numpy(),
+        "array": coupled.apply(number.numpy().astype(np.float16)),
+        "noise": bool(torch.equal(coupled.apply(noise), coupled.noise)),
+    }
+
+
+@pytest.mark.parametrize("method", ["auction", "greedy", "independent", "nearest"])
+def test_apply_sends_along_what_is_tied_to_the_noise(world, method):
+    case = Case(rows_of(world), {"method": method}, spare=2 if method in ("auction", "greedy") else 0)
+    for share in world.run(tie_to_noise, case):
+        index = share["index"]
+        assert np.array_equal(share["seeds"], index)
+        assert np.array_equal(share["masks"], np.broadcast_to(index[:, None, None] % 2 == 0, (len(index), 2, 3)))
+        assert np.array_equal(share["array"], index.astype(np.float16))
+        assert share["noise"]
+
+
+def test_apply_follows_a_resampling_method(world):
+    case = Case(rows_of(world), {"method": "sinkhorn", "draw": "rows", "reg": 5.0})
+    for share in world.run(tie_to_noise, case):
+        assert np.array_equal(share["seeds"], share["index"])
+
+
+def couple_arrays(case):
+    data, noise, _ = case.share(dist.get_rank())
+    before = noise.clone()
+    coupled = couple(data.numpy(), noise.numpy(), scope="global")
+    kinds = {type(value) for value in (coupled.noise, coupled.index, coupled.cost, coupled.cost_before)}
+    return kinds == {np.ndarray} and torch.equal(noise, before), coupled.index
+
+
+def test_arrays_come_back_as_arrays_and_inputs_stay_as_they_are(world):
+    case = Case(rows_of(world))
+    shares = world.run(couple_arrays, case)
+    assert all(good for good, _ in shares)
+    assert np.array_equal(np.concatenate([index for _, index in shares]), couple_whole(case).index.numpy())
+
+
+def draw_with(case, seeds):
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(seeds[rank])
+    state = generator.get_state()
+    global_state = torch.get_rng_state()
+    data, noise, _ = case.share(rank)
+    coupled = couple(data, noise, "sinkhorn", reg=2.0, scope="global", generator=generator)
+    untouched = torch.equal(torch.get_rng_state(), global_state)
+    return coupled.index.numpy(), not torch.equal(generator.get_state(), state), untouched
+
+
+def test_the_first_ranks_generator_decides(world):
+    case = Case(rows_of(world))
+    data, noise, _ = case.batch()
+    whole = couple(data, noise, "sinkhorn", reg=2.0, generator=torch.Generator().manual_seed(7))
+    shares = world.run(draw_with, case, [7, 1, 2, 3])
+    assert np.array_equal(np.concatenate([index for index, _, _ in shares]), whole.index.numpy())
+    assert [advanced for _, advanced, _ in shares] == [True] + [False] * (world.size - 1)
+    assert all(untouched for _, _, untouched in shares)
+    other = world.run(draw_with, case, [8, 1, 2, 3])
+    assert not np.array_equal(np.concatenate([index for index, _, _ in other]), whole.index.numpy())
+
+
+def test_repeated_calls_give_the_same(world):
+    for method in ("auction", "sinkhorn", "sliced"):
+        case = Case(rows_of(world), {"method": method}, values="images")
+        first, second = world.run(couple_share, case), world.run(couple_share, case)
+        for one, other in zip(first, second, strict=True):
+            assert np.array_equal(one["index"], other["index"])
+            assert one["cost"] == other["cost"]
+
+
+def couple_both_ways(case):
+    data, noise, _ = case.share(dist.get_rank())
+    return couple(data, noise).cost.item() * len(data), couple(data, noise, scope="global").cost.item()
+
+
+def test_no_dearer_than_each_rank_by_itself(world):
+    case = Case(rows_of(world), values="images")
+    shares = world.run(couple_both_ways, case)
+    alone = sum(cost for cost, _ in shares) / sum(case.rows)
+    together = shares[0][1]
+    assert together <= alone * (1 + 1e-6)
+    assert world.size == 1 or together < alone
+
+
+@pytest.mark.parametrize("wire", ["fp16", torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("spare", [0, 2])
+def test_rounded_on_the_wire_returns_the_noise_itself(world, wire, spare):
+    case = Case(rows_of(world), {"wire": wire}, spare=spare, values="images")
+    whole = couple_whole(Case(case.rows, {}, spare=spare, values="images"))
+    shares = world.run(couple_share, case)
+    noise = np.concatenate([share["noise"] for share in shares])
+    index = np.concatenate([share["index"] for share in shares])
+    assert np.array_equal(noise, case.batch()[1].double().numpy()[index])
+    for share in shares:
+        assert share["cost"] == pytest.approx(whole.cost.item(), rel=5e-3)
+        assert share["cost_before"] == pytest.approx(whole.cost_before.item(), rel=1e-6)
+
+
+def couple_large(case):
+    data, noise, _ = case.share(dist.get_rank())
+    return told(couple(data, noise * 1e6, scope="global", wire="fp16"))
+
+
+def test_large_noise_does_not_overflow_on_the_wire(world):
+    case = Case(rows_of(world))
+    for share in world.run(couple_large, case):
+        assert np.isfinite(share["cost"])
+        assert np.isfinite(share["noise"]).all()
+
+
+def test_bytes_on_the_wire_are_those_of_the_protocol(world):
+    if world.size == 1:
+        assert world.run(couple_share, Case((6,)))[0]["received"] is None
+        return
+    n, others, width = 6, world.size - 1, 3 * 4 * 4
+    total = n * world.size
+    exact = world.run(couple_share, Case((n,) * world.size))
+    rounded = world.run(couple_share, Case((n,) * world.size, {"wire": "fp16"}, values="images"))
+    for rank, share in enumerate(exact):
+        assert share["received"]["noise"] == others * n * width * 4
+        assert share["received"]["costs"] == (0 if rank else others * n * total * 4)
+        assert share["received"]["index"] == (8 * (total + 2) if rank else 0)
+        assert share["received"]["header"] + share["received"]["report"] < 100 * others
+        assert set(share["received"]) == {"check", "header", "noise", "cost", "costs", "solve", "index"} | {
+            "measure",
+            "report",
+        }
+    for share in rounded:
+        assert share["received"]["noise"] == others * n * width * 2
+        assert share["received"]["rows"] <= n * width * 4
+
+
+@pytest.mark.parametrize("method", ["nearest", "independent"])
+def test_methods_on_a_rows_own_candidates_send_no_noise(world, method):
+    for share in world.run(couple_share, Case((6,) * world.size, {"method": method})):
+        assert world.size == 1 or set(share["received"]) == {"check", "header", "solve", "report"}
+
+
+def couple_by_node(case, method):
+    """Two groups of half the ranks each, as one coupling per node."""
+    rank, half = dist.get_rank(), dist.get_world_size() // 2
+    groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
+    data, noise, _ = case.share(rank)
+    coupled = Coupling(method, scope="global", group=groups[rank // half])(data, noise)
+    moved = coupled.apply(torch.arange(len(noise)) + 100 * rank)
+    try:
+        couple(data, noise, scope="global", group=groups[1 - rank // half])
+    except ValueError as error:
+        return told(coupled), moved.numpy(), str(error)
+    return None
+
+
+@pytest.mark.parametrize("method", ["auction", "sliced"])
+def test_groups_couple_by_themselves(world, method):
+    if world.size % 2:
+        pytest.skip("needs two groups of the same size")
+    case = Case(rows_of(world))
+    shares = world.run(couple_by_node, case, method)
+    data, noise, _ = case.batch()
+    half = world.size // 2
+    for members, rows in (
+        (range(half), slice(0, sum(case.rows[:half]))),
+        (range(half, 2 * half), slice(sum(case.rows[:half]), None)),
+    ):
+        whole = couple(data[rows], noise[rows], method)
+        index = np.concatenate([shares[rank][0]["index"] for rank in members])
+        assert np.array_equal(index, whole.index.numpy())
+        numbers = np.concatenate([np.arange(case.rows[rank]) + 100 * rank for rank in members])
+        assert np.array_equal(np.concatenate([shares[rank][1] for rank in members]), numbers[index])
+        for rank in members:
+            assert shares[rank][0]["cost"] == pytest.approx(whole.cost.item(), rel=1e-6)
+    assert all(f"rank {rank} is not in the process group" in share[2] for rank, share in enumerate(shares))
+
+
+def test_without_a_process_group_global_is_local():
+    data, noise, _ = Case((9,)).batch()
+    alone, coupled = couple(data, noise), couple(data, noise, scope="global", wire="bf16")
+    assert torch.equal(coupled.index, alone.index)
+    assert coupled.trace is None
+    with pytest.raises(ValueError, match="no process group"):
+        couple(data, noise, scope="global", group=object())
+
+
+def test_wire_is_named_like_a_quantizer_and_kept_by_name():
+    coupling = Coupling(scope="global", wire=torch.float16)
+    assert coupling.to_dict()["options"] == {"wire": "fp16"}
+    assert Coupling.from_dict(coupling.to_dict()) == coupling
+    with pytest.raises(ValueError, match="wire"):
+        Coupling(scope="global", wire=torch.int32)
+    with pytest.raises(TypeError, match="scope='global'"):
+        Coupling(wire="fp16")

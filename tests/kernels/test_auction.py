@@ -1,0 +1,183 @@
+"""The exact solver: optimal on every family, with a bound that is true, whatever ends it."""
+
+import itertools
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from couplings.kernels.auction import solve
+from tests.kernels.families import FAMILIES
+
+
+def optimum(cost):
+    rows, columns = linear_sum_assignment(cost.astype(np.float64))
+    return math.fsum(cost[rows, columns].astype(np.float64))
+
+
+def check(cost, solution, tolerance=1e-6):
+    n, m = cost.shape
+    assert sorted(set(solution.index.tolist())) == sorted(solution.index.tolist())
+    assert len(solution.index) == n
+    assert 0 <= solution.index.min() <= solution.index.max() < m
+    assert solution.total == math.fsum(cost[np.arange(n), solution.index].astype(np.float64))
+    least = optimum(cost)
+    # scipy adds in another order: the last bits of its total are its own.
+    slack = 1e-12 * np.abs(cost).astype(np.float64).max() * n
+    assert solution.lower_bound <= least + slack
+    assert solution.total - least <= tolerance * abs(least) + slack
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 65, 150, 257])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_solved_exactly(name, n, dtype):
+    cost = np.ascontiguousarray(FAMILIES[name](n, np.random.default_rng(n)), dtype=dtype)
+    solution = solve(cost)
+    check(cost, solution)
+    assert solution.exact
+    assert solution.gap <= 1e-6
+
+
+@pytest.mark.parametrize("m", [1, 5, 40, 300])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_more_columns_than_rows(name, m):
+    rng = np.random.default_rng(m)
+    cost = np.array(FAMILIES[name](m, rng)[: max(1, m // 3)], dtype=np.float32)
+    check(cost, solve(cost))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_small_problems_equal_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 7))
+    m = int(rng.integers(n, 8))
+    cost = rng.integers(-4, 5, (n, m)).astype(np.float64)
+    least = min(sum(cost[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(m), n))
+    assert solve(cost).total == least
+
+
+def test_random_small_problems_have_no_wrong_optimum():
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        name = list(FAMILIES)[rng.integers(len(FAMILIES))]
+        n = int(rng.integers(1, 24))
+        cost = np.array(FAMILIES[name](n, rng), dtype=np.float32)[: rng.integers(1, n + 1)]
+        check(cost, solve(cost))
+
+
+@pytest.mark.parametrize("name", ["image-like", "points-2d", "pareto", "integers"])
+def test_certificate_is_tight_where_levels_lose_nothing_that_shows(name):
+    cost = np.array(FAMILIES[name](200, np.random.default_rng(1)), dtype=np.float32)
+    solution = solve(cost)
+    assert solution.lower_bound <= solution.total <= solution.lower_bound + 1e-7 * abs(solution.total)
+
+
+def test_prices_prove_the_optimum():
+    cost = np.array(FAMILIES["image-like"](120, np.random.default_rng(2)), dtype=np.float64)
+    prices = solve(cost).prices
+    bound = (cost - prices).min(1).sum() + prices.sum()
+    assert bound == pytest.approx(optimum(cost), rel=1e-9)
+
+
+@pytest.mark.parametrize("limit", [{"max_bids": 0}, {"max_bids": 50}, {"max_seconds": 0.0}, {"tolerance": 0.05}])
+@pytest.mark.parametrize("m", [300, 400])
+def test_ending_early_leaves_distinct_columns_and_an_honest_gap(limit, m):
+    cost = np.array(FAMILIES["image-like"](m, np.random.default_rng(3))[:300], dtype=np.float32)
+    solution = solve(cost, **limit)
+    check(cost, solution, tolerance=math.inf)
+    assert solution.gap >= (solution.total - optimum(cost)) / abs(solution.total) - 1e-9
+    if "tolerance" in limit:
+        assert solution.gap <= limit["tolerance"]
+
+
+def test_a_tolerance_saves_bids():
+    cost = np.array(FAMILIES["rank-one-negative"](500, np.random.default_rng(4)), dtype=np.float32)
+    assert solve(cost, tolerance=0.02).bids < solve(cost).bids
+
+
+def test_warm_start_is_taken_and_changes_no_optimum():
+    rng = np.random.default_rng(5)
+    cost = rng.random((80, 80)) + 10.0 * rng.random(80)
+    first = solve(cost)
+    again = solve(cost + 1e-3 * rng.random((80, 80)), warm_start=first.prices)
+    assert again.gap <= 1e-6
+    assert solve(cost, warm_start=first.prices).total == pytest.approx(first.total, rel=1e-12)
+    assert solve(cost, warm_start=1e9 * rng.standard_normal(80)).total == pytest.approx(first.total, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["image-like", "points-1d", "blocks"])
+def test_threads_change_nothing(name):
+    cost = np.array(FAMILIES[name](600, np.random.default_rng(6)), dtype=np.float32)
+    one, two = solve(cost, threads=1), solve(cost, threads=2)
+    assert np.array_equal(one.index, two.index)
+    assert np.array_equal(one.prices, two.prices)
+
+
+def test_concurrent_solves_do_not_disturb_each_other():
+    costs = [np.array(FAMILIES["image-like"](300, np.random.default_rng(s)), dtype=np.float32) for s in range(6)]
+    alone = [solve(cost).index for cost in costs]
+    together = [None] * 6
+
+    def run(k):
+        together[k] = solve(costs[k]).index
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_the_interpreter_runs_on_during_a_solve():
+    cost = np.array(FAMILIES["rank-one"](900, np.random.default_rng(0)), dtype=np.float32)
+    solve(cost[:8, :8])
+    worker = threading.Thread(target=solve, args=(cost,))
+    worker.start()
+    longest, last = 0.0, time.perf_counter()
+    while worker.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    started = time.perf_counter()
+    solve(cost)
+    # With the GIL held, one pause would be as long as the kernels themselves.
+    assert longest < 0.9 * (time.perf_counter() - started)
+
+
+@pytest.mark.parametrize("view", [lambda c: c.T, lambda c: c[::-1, ::-1], lambda c: np.asfortranarray(c)])
+def test_any_strides_and_the_input_stays_as_it_was(view):
+    cost = np.random.default_rng(7).random((2, 90, 90)).astype(np.float32)[1]
+    given = view(cost)
+    before = given.copy()
+    check(np.ascontiguousarray(given), solve(given))
+    assert np.array_equal(given, before)
+
+
+@pytest.mark.parametrize(
+    ("cost", "error"),
+    [
+        (np.zeros((3, 2), np.float32), ValueError),
+        (np.zeros((0, 2), np.float32), ValueError),
+        (np.zeros(4, np.float32), ValueError),
+        (np.zeros((2, 2), np.int64), TypeError),
+        ([[1.0]], TypeError),
+    ],
+)
+def test_what_is_no_cost_is_refused(cost, error):
+    with pytest.raises(error, match="cost must be"):
+        solve(cost)
+
+
+@pytest.mark.parametrize("option", [{"tolerance": -1.0}, {"max_bids": -1}, {"max_seconds": math.nan}])
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(ValueError, match="at least 0"):
+        solve(np.eye(3), **option)
+
+
+def test_warm_start_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="warm_start"):
+        solve(np.eye(3), warm_start=np.zeros(2))

@@ -1,0 +1,78 @@
+"""L1 distances, distances of pairs, greedy and stable matching against plain references."""
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from couplings.kernels.greedy import greedy, stable
+from couplings.kernels.l1 import cdist_l1
+from couplings.kernels.pairs import pair_distances
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (3, 7, 5), (65, 130, 513), (33, 64, 3072)])
+def test_l1_equals_scipy(n, m, d, dtype, threads):
+    x, y = (np.random.default_rng(0).standard_normal((k, d)).astype(dtype) for k in (n, m))
+    got = cdist_l1(x, y, threads=threads)
+    assert got.dtype == dtype
+    assert np.allclose(got, cdist(x, y, "cityblock"), rtol=1e-6 if dtype is np.float32 else 1e-12)
+
+
+def test_l1_keeps_its_accuracy_in_high_dimension():
+    x, y = np.random.default_rng(1).random((2, 4, 65536)).astype(np.float32) * 255
+    assert np.abs(cdist_l1(x, y, threads=1) / cdist(x, y, "cityblock") - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["squared", "absolute", "angular"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pairs_equal_the_entries_of_the_matrix(kind, threads):
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((2, 300, 700)).astype(np.float32)
+    index = rng.permutation(300)
+    name = {"squared": "sqeuclidean", "absolute": "cityblock", "angular": "cosine"}[kind]
+    expected = cdist(x, y, name)[np.arange(300), index]
+    assert np.allclose(pair_distances(x, y, index, kind, threads=threads), expected, rtol=1e-6)
+
+
+def test_the_cosine_of_nothing_is_zero():
+    assert pair_distances(np.zeros((1, 3)), np.ones((1, 3)), np.array([0]), "angular")[0] == 1.0
+
+
+def _greedy(cost):
+    cost = cost.copy()
+    index = np.full(len(cost), -1)
+    for _ in range(len(cost)):
+        i, j = np.unravel_index(np.argmin(cost), cost.shape)
+        index[i] = j
+        cost[i], cost[:, j] = np.inf, np.inf
+    return index
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_takes_the_smallest_remaining_entry(seed, ties):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 40))
+    shape = (n, n + int(rng.integers(0, 9)))
+    cost = rng.integers(0, 6, shape).astype(np.float64) if ties else rng.random(shape)
+    assert np.array_equal(greedy(cost), _greedy(cost))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_stable_leaves_no_pair_that_would_rather_have_each_other(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 30))
+    m = n + int(rng.integers(0, 5))
+    cost, score = rng.random((2, n, m))
+    index = stable(cost, score)
+    assert len(set(index.tolist())) == n
+    held = np.full(m, np.inf)
+    held[index] = score[np.arange(n), index]
+    wants = cost < cost[np.arange(n), index][:, None]
+    assert not (wants & (score < held)).any()
+
+
+def test_stable_is_greedy_where_both_sides_agree():
+    cost = np.random.default_rng(3).random((50, 50))
+    assert np.array_equal(stable(cost, cost), greedy(cost))

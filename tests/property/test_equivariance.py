@@ -1,0 +1,109 @@
+"""What a change of the batch may change in the answer, and what not."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import distances, multiset, same_bits
+
+import couplings
+
+# Under l1 different pairings of distinct points may cost the same; under the others they do not.
+STRICT = st.sampled_from(["sqeuclidean", "l2", "cosine", "dot"])
+SEEDS = st.integers(0, 2**32 - 1)
+ROWS = st.integers(1, 12)
+
+
+def gaussian(n, seed, shape=(3,)):
+    """Batches without ties, where pairs can be compared and not only costs."""
+    generator = torch.Generator().manual_seed(seed)
+    data, noise = (torch.randn(n, *shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return data, noise, torch.randperm(n, generator=generator)
+
+
+@given(n=ROWS, seed=SEEDS)
+def test_order_of_either_side_does_not_matter_to_the_cost_of_exact_methods(exact, n, seed):
+    data, noise, order = gaussian(n, seed)
+    first = exact(data, noise, metric="l1").cost.item()
+    assert exact(data, noise[order], metric="l1").cost.item() == pytest.approx(first, rel=1e-7)
+    assert exact(data[order], noise, metric="l1").cost.item() == pytest.approx(first, rel=1e-7)
+
+
+@given(n=ROWS, seed=SEEDS, metric=STRICT)
+def test_order_of_the_noise_does_not_matter_to_exact_methods(exact, n, seed, metric):
+    data, noise, order = gaussian(n, seed)
+    first, second = exact(data, noise, metric=metric), exact(data, noise[order], metric=metric)
+    assert second.cost.item() == pytest.approx(first.cost.item(), rel=1e-7)
+    assert same_bits(second.noise, first.noise)
+
+
+@given(n=ROWS, seed=SEEDS, metric=STRICT)
+def test_order_of_the_data_carries_the_noise_along_in_exact_methods(exact, n, seed, metric):
+    data, noise, order = gaussian(n, seed)
+    first, second = exact(data, noise, metric=metric), exact(data[order], noise, metric=metric)
+    assert same_bits(second.noise, first.noise[order])
+
+
+@pytest.mark.parametrize("name", ["greedy", "stable"])
+@given(n=ROWS, seed=SEEDS)
+def test_order_does_not_matter_to_matchings_either(name, n, seed):
+    data, noise, order = gaussian(n, seed)
+    first = couplings.couple(data, noise, name)
+    assert same_bits(couplings.couple(data, noise[order], name).noise, first.noise)
+    assert same_bits(couplings.couple(data[order], noise, name).noise, first.noise[order])
+
+
+@given(n=ROWS, seed=SEEDS)
+def test_order_within_its_candidates_does_not_matter_to_nearest(n, seed):
+    data, _, _ = gaussian(n, seed)
+    noise, _, _ = gaussian(3 * n, seed + 1)
+    turned = noise.reshape(n, 3, -1).flip(1).reshape(3 * n, -1)
+    assert same_bits(couplings.couple(data, turned, "nearest").noise, couplings.couple(data, noise, "nearest").noise)
+
+
+@given(n=ROWS, seed=SEEDS, size=st.sampled_from([1.0, 100.0]))
+def test_constants_on_rows_and_columns_change_no_pair_of_shift_invariant_methods(shift_invariant, n, seed, size):
+    data, noise, _ = gaussian(n, seed)
+    cost = distances(data, noise, "sqeuclidean")
+    shifts = size * torch.arange(n, dtype=torch.float64)
+    moved = cost + shifts[:, None] - 3 * shifts.flip(0)[None]
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    first, second = (
+        shift_invariant(data, noise, metric=lambda x, y, c=c: c, generator=g)
+        for c, g in zip((cost, moved), generators, strict=True)
+    )
+    assert torch.equal(first.index, second.index)
+
+
+@given(n=ROWS, seed=SEEDS, metric=st.sampled_from(["sqeuclidean", "dot"]))
+def test_moving_all_the_noise_changes_no_pair_of_exact_methods_under_squared_distances(exact, n, seed, metric):
+    data, noise, _ = gaussian(n, seed)
+    first, second = exact(data, noise, metric=metric), exact(data, noise + 5.0, metric=metric)
+    assert torch.equal(first.index, second.index)
+
+
+@given(n=ROWS, seed=SEEDS)
+def test_exact_methods_are_symmetric_in_data_and_noise(exact, n, seed):
+    data, noise, _ = gaussian(n, seed)
+    forth, back = exact(data, noise), exact(noise, data)
+    assert torch.equal(forth.index[back.index], torch.arange(n))
+
+
+@given(n=ROWS, seed=SEEDS, metric=st.sampled_from(["sqeuclidean", "l2", "dot", "cosine"]))
+def test_a_rotation_of_both_sides_changes_no_pair_of_exact_methods(exact, n, seed, metric):
+    data, noise, _ = gaussian(n, seed)
+    rotation = torch.linalg.qr(gaussian(3, seed)[0]).Q
+    first, second = exact(data, noise, metric=metric), exact(data @ rotation, noise @ rotation, metric=metric)
+    assert torch.equal(first.index, second.index)
+
+
+@given(n=ROWS, seed=SEEDS)
+def test_shape_is_a_view_of_the_same_numbers(case, n, seed):
+    data, _, _ = gaussian(n, seed, (12,))
+    noise, _, _ = gaussian(case.pool * n, seed + 1, (12,))
+    flat = case(data, noise)
+    for shape in [(3, 2, 2), (4, 3), (1, 12)]:
+        shaped = case(data.reshape(n, *shape), noise.reshape(-1, *shape))
+        assert torch.equal(shaped.index, flat.index)
+        assert shaped.noise.shape == (n, *shape)
+    assert case.marginal != "permutation" or multiset(flat.noise) == multiset(noise)

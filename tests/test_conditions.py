@@ -1,0 +1,166 @@
+"""Conditions: noise stays within its class, or pays for leaving the neighbourhood of its condition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import distances, multiset, optimum, paired
+
+import couplings
+from couplings import couple
+from couplings.testing import batches, check_coupler
+
+SQUARE = [info for info in couplings.methods() if info.marginal == "permutation"]
+
+
+def installed(info):
+    for extra in info.requires:
+        pytest.importorskip({"pot": "ot", "lapjv": "lapjv"}[extra])
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("info", SQUARE, ids=lambda i: i.name)
+@given(batch=batches(), draw=st.data(), metric=st.sampled_from(couplings.metrics()))
+def test_noise_of_a_class_is_the_same_multiset_after_coupling(info, batch, draw, metric):
+    installed(info)
+    data, noise = batch
+    labels = torch.tensor(draw.draw(st.lists(st.integers(-2, 2), min_size=len(data), max_size=len(data))))
+    coupled = couple(data, noise, info.name, metric=metric, condition=labels)
+    assert coupled.marginal == "permutation"
+    assert sorted(coupled.index.tolist()) == list(range(len(data)))
+    assert torch.equal(labels[coupled.index], labels)
+    for c in labels.unique():
+        assert multiset(coupled.noise[labels == c]) == multiset(noise[labels == c])
+    assert coupled.cost.item() == pytest.approx(paired(data, coupled.noise, metric), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("info", [i for i in SQUARE if i.exact], ids=lambda i: i.name)
+@given(seed=st.integers(0, 2**31), metric=st.sampled_from(["sqeuclidean", "l2", "cosine", "dot"]))
+def test_each_class_is_coupled_as_it_would_be_alone(info, seed, metric):
+    installed(info)
+    data, noise = gaussian(18, 4, seed=seed).double(), gaussian(18, 4, seed=seed + 1).double()
+    labels = torch.randint(0, 3, (18,), generator=torch.Generator().manual_seed(seed))
+    coupled = couple(data, noise, info.name, metric=metric, condition=labels)
+    for c in labels.unique():
+        mine = labels == c
+        alone = couple(data[mine], noise[mine], info.name, metric=metric)
+        assert torch.equal(coupled.noise[mine], alone.noise)
+    if coupled.gap is not None:
+        assert 0 <= coupled.gap <= 1e-6
+
+
+def test_noise_given_the_class_stays_gaussian():
+    labels = torch.arange(60) % 3
+    for info in SQUARE:
+        if not info.requires:
+
+            def fn(data, noise, condition, name=info.name):
+                return couple(data, noise, name, condition=condition).noise
+
+            assert check_coupler(fn, condition=labels, batches=32).permutation
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool])
+def test_classes_come_in_any_integer_type(dtype):
+    data, noise, labels = gaussian(10, 3), gaussian(10, 3, seed=1), torch.arange(10) % 2
+    expected = couple(data, noise, condition=labels)
+    assert torch.equal(couple(data, noise, condition=labels.to(dtype)).index, expected.index)
+
+
+def test_conditions_come_as_arrays_too():
+    data, noise = gaussian(10, 3), gaussian(10, 3, seed=1)
+    for condition in (torch.arange(10) % 2, gaussian(10, 2, seed=2)):
+        expected = couple(data, noise, condition=condition)
+        found = couple(data.numpy(), noise.numpy(), condition=condition.numpy())
+        assert isinstance(found.index, np.ndarray)
+        assert (found.index == expected.index.numpy()).all()
+
+
+def test_a_class_of_one_keeps_its_noise_and_one_class_is_no_condition():
+    data, noise = gaussian(8, 3), gaussian(8, 3, seed=1)
+    assert torch.equal(couple(data, noise, condition=torch.arange(8)).index, torch.arange(8))
+    assert torch.equal(couple(data, noise, condition=torch.full((8,), 5)).index, couple(data, noise).index)
+
+
+@pytest.mark.parametrize("metric", couplings.metrics())
+@pytest.mark.parametrize("between", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1, 20.0])
+def test_a_continuous_condition_adds_its_weighted_distance(metric, between, weight):
+    data, noise, condition = gaussian(30, 5), gaussian(30, 5, seed=1), gaussian(30, 2, seed=2)
+    cost = distances(data, noise, metric) + weight * distances(condition, condition, between)
+    for info in couplings.methods():
+        if info.exact and not info.requires:
+            coupled = couple(
+                data,
+                noise,
+                info.name,
+                metric=metric,
+                condition=condition,
+                condition_weight=weight,
+                condition_metric=between,
+            )
+            reached = cost[torch.arange(30), coupled.index].mean().item()
+            assert reached == pytest.approx(optimum(cost), rel=1e-5, abs=1e-5)
+            # What is reported is the distance of data and noise alone.
+            assert coupled.cost.item() == pytest.approx(paired(data, coupled.noise, metric), rel=1e-5)
+
+
+def test_defaults_of_a_continuous_condition():
+    data, noise, condition = gaussian(30, 5), gaussian(30, 5, seed=1), gaussian(30, 2, seed=2)
+    default = couple(data, noise, condition=condition)
+    spelled = couple(data, noise, condition=condition, condition_weight=1.0, condition_metric="sqeuclidean")
+    assert torch.equal(default.index, spelled.index)
+    assert not torch.equal(default.index, couple(data, noise).index)
+
+
+def test_a_heavy_weight_keeps_noise_with_equal_conditions():
+    data, noise = gaussian(20, 5), gaussian(20, 5, seed=1)
+    labels = torch.arange(20) % 4
+    one_hot = torch.nn.functional.one_hot(labels).float()
+    heavy = couple(data, noise, condition=one_hot, condition_weight=1e5)
+    assert torch.equal(labels[heavy.index], labels)
+    within = couple(data, noise, condition=labels)
+    assert heavy.cost.item() == pytest.approx(within.cost.item(), rel=1e-3)
+
+
+def test_conditions_far_from_the_origin_are_told_apart():
+    # The expanded square of 1e4 + 0.01 cancels to nothing in float32.
+    data, noise = gaussian(16, 3), gaussian(16, 3, seed=1)
+    condition = 1e4 + torch.arange(16)[:, None] % 2 * 0.125
+    coupled = couple(data, noise, condition=condition, condition_weight=1e6)
+    assert torch.equal(condition[coupled.index], condition)
+
+
+@pytest.mark.parametrize("condition", [torch.arange(8) % 2, gaussian(8, 2)], ids=["classes", "continuous"])
+def test_methods_that_do_not_move_noise_between_rows_need_no_condition(condition):
+    data, noise = gaussian(8, 3), gaussian(8, 3, seed=1)
+    assert torch.equal(couple(data, noise, "independent", condition=condition).index, torch.arange(8))
+    pool = gaussian(32, 3, seed=2)
+    assert torch.equal(couple(data, pool, "nearest", condition=condition).index, couple(data, pool, "nearest").index)
+
+
+def test_a_method_without_a_cost_matrix_refuses_a_continuous_condition():
+    with pytest.raises(ValueError, match=r"sliced.*condition.*auction"):
+        couple(gaussian(8, 3), gaussian(8, 3, seed=1), "sliced", condition=gaussian(8, 2))
+
+
+@given(seed=st.integers(0, 2**31), weight=st.floats(0, 10))
+def test_gap_covers_the_condition(seed, weight):
+    data, noise, condition = (gaussian(12, 3, seed=seed + k).double() for k in range(3))
+    coupled = couple(data, noise, condition=condition, condition_weight=weight)
+    assert 0 <= coupled.gap <= 1e-6
+
+
+def test_callables_take_conditions():
+    data, noise, labels = gaussian(12, 3), gaussian(12, 3, seed=1), torch.arange(12) % 3
+    for condition in (labels, gaussian(12, 2, seed=2)):
+        coupled = couple(
+            data, noise, metric=lambda x, y: torch.cdist(x, y) ** 2, condition=condition, method="hungarian"
+        )
+        expected = couple(data, noise, condition=condition, method="hungarian")
+        assert torch.equal(coupled.index, expected.index)
+        assert coupled.cost.item() == pytest.approx(expected.cost.item(), rel=1e-5)

@@ -1,0 +1,229 @@
+"""Bad input is refused with the type of error that says what kind of mistake it is, and nothing is lost."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from oracles import same_bits
+
+import couplings
+from couplings import Coupling, couple
+
+X, Y = torch.linspace(-1, 1, 24).reshape(4, 3, 2), torch.linspace(2, -3, 24).reshape(4, 3, 2)
+
+
+def at(value, side):
+    x, y = X.clone(), Y.clone()
+    (x if side == "data" else y)[2, 1, 0] = value
+    return x, y
+
+
+BATCHES = {
+    "NaN in data": (*at(torch.nan, "data"), ValueError, "data.*NaN.*row 2"),
+    "NaN in noise": (*at(torch.nan, "noise"), ValueError, "noise.*NaN.*row 2"),
+    "inf in data": (*at(torch.inf, "data"), ValueError, "data.*inf"),
+    "minus inf in noise": (*at(-torch.inf, "noise"), ValueError, "noise.*inf"),
+    "empty batch": (X[:0], Y[:0], ValueError, r"empty.*\(0, 3, 2\)"),
+    "no elements": (X[:, :0], Y[:, :0], ValueError, r"empty.*\(4, 0, 2\)"),
+    "scalars": (X[0, 0, 0], Y[0, 0, 0], ValueError, "batch axis"),
+    "other shape": (X, Y[:, :2], ValueError, r"\(4, 3, 2\).*\(4, 2, 2\)"),
+    "flattened noise": (X, Y.flatten(1), ValueError, r"\(4, 3, 2\).*\(4, 6\)"),
+    "too little noise": (X, Y[:3], ValueError, "4 rows of data and 3"),
+    "integer data": ((100 * X).int(), (100 * Y).int(), TypeError, "data.*int32.*float"),
+    "bytes": ((100 * X).to(torch.uint8), Y, TypeError, "data.*uint8"),
+    "integer noise": (X, (100 * Y).long(), TypeError, "noise.*int64"),
+    "booleans": (X > 0, Y > 0, TypeError, "data.*bool"),
+    "complex": (X.to(torch.complex64), Y.to(torch.complex64), TypeError, "data.*complex64"),
+    "mixed dtypes": (X, Y.double(), TypeError, r"float32.*float64.*noise\.to\(data\.dtype\)"),
+    "mixed halves": (X.half(), Y.bfloat16(), TypeError, "float16.*bfloat16"),
+    "mixed devices": (X, Y.to("meta"), ValueError, r"cpu.*meta.*noise\.to\(data\.device\)"),
+    "both without values": (X.to("meta"), Y.to("meta"), ValueError, "meta"),
+    "array and tensor": (X.numpy(), Y, TypeError, "ndarray.*Tensor"),
+    "tensor and array": (X, Y.numpy(), TypeError, "Tensor.*ndarray"),
+    "lists": (X.tolist(), Y.tolist(), TypeError, "list"),
+    "None": (X, None, TypeError, "None"),
+    "integer arrays": (X.numpy().astype(int), Y.numpy().astype(int), TypeError, "data.*int64"),
+    "sparse": (X[:, :, 0].to_sparse(), Y[:, :, 0].to_sparse(), TypeError, "dense"),
+}
+
+
+def kept(value):
+    return (
+        value.clone() if isinstance(value, torch.Tensor) else value.copy() if isinstance(value, np.ndarray) else value
+    )
+
+
+def unchanged(before, after):
+    if isinstance(before, torch.Tensor):
+        dense = before.to_dense() if before.is_sparse else before
+        return before.device.type == "meta" or same_bits(dense, after.to_dense() if after.is_sparse else after)
+    return np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("method", ["auction", "independent", "sliced", "nearest", "greedy"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_bad_batch_is_refused_and_left_as_it_was(name, method):
+    data, noise, error, message = BATCHES[name]
+    before = kept(data), kept(noise)
+    with pytest.raises(error, match=f"(?s){message}"):
+        couple(data, noise, method)
+    assert unchanged(before[0], data)
+    assert unchanged(before[1], noise)
+
+
+CALLS = {
+    "unknown method": ({"method": "hungarain"}, ValueError, "hungarain.*Did you mean 'hungarian'.*auction"),
+    "unknown metric": ({"metric": "sqeuclidian"}, ValueError, "sqeuclidian.*Did you mean 'sqeuclidean'.*l1"),
+    "unknown quantizer": ({"quantize": "fp8_e4m4"}, ValueError, "fp8_e4m4.*Did you mean 'fp8_e4m3'.*int8"),
+    "unknown scope": ({"scope": "gobal"}, ValueError, "gobal.*Did you mean 'global'.*local"),
+    "nothing like any name": ({"method": "zzzzzz"}, ValueError, "zzzzzz.*Known: .*sliced"),
+    "method of a wrong type": ({"method": 3}, TypeError, "name or a callable.*int"),
+    "metric of a wrong type": ({"metric": 2.0}, TypeError, "name or a callable.*float"),
+    "quantizer of a wrong type": ({"quantize": torch.float16}, TypeError, "name or None.*dtype"),
+    "unknown option": ({"method": "sinkhorn", "rge": 0.1}, TypeError, "rge.*Did you mean 'reg'"),
+    "option of another method": ({"method": "hungarian", "reg": 0.1}, TypeError, "hungarian.*reg"),
+    "negative reg": ({"method": "sinkhorn", "reg": -0.1}, ValueError, "reg.*positive.*-0.1"),
+    "reg of zero": ({"method": "sinkhorn", "reg": 0.0}, ValueError, "reg.*positive.*0.0"),
+    "reg of NaN": ({"method": "sinkhorn", "reg": float("nan")}, ValueError, "reg.*nan"),
+    "unknown draw": ({"method": "sinkhorn", "draw": "columns"}, ValueError, "draw.*'rows'.*'columns'"),
+    "no iterations": ({"method": "sinkhorn", "max_iterations": 0}, ValueError, "max_iterations.*0"),
+    "unknown score": ({"method": "nearest", "score": "cosine"}, ValueError, "score.*'dot'.*'cosine'"),
+    "unknown rank": ({"method": "stable", "noise_rank": "norm"}, ValueError, "noise_rank.*'norm'"),
+    "no directions": ({"method": "sliced", "directions": 0}, ValueError, "directions.*0"),
+    "unknown axes": ({"method": "sliced", "axes": "main"}, ValueError, "axes.*'main'"),
+    "sliced with a callable metric": ({"method": "sliced", "metric": torch.cdist}, TypeError, "sliced.*callable"),
+    "generator as a seed": ({"generator": 0}, TypeError, r"generator.*int.*manual_seed"),
+    "group without global": ({"group": None}, TypeError, "group.*global"),
+    "condition of a wrong shape": ({"condition": torch.zeros(3).long()}, ValueError, r"condition.*\(4,\).*\(3,\)"),
+    "condition of one float each": ({"condition": torch.zeros(4)}, ValueError, r"condition.*\(4, c\).*unsqueeze"),
+    "condition with NaN": ({"condition": torch.full((4, 2), torch.nan)}, ValueError, "condition.*NaN"),
+    "condition as a list": ({"condition": [0, 1, 0, 1]}, TypeError, "condition.*list"),
+    "complex condition": ({"condition": torch.zeros(4, 2).cfloat()}, TypeError, "condition.*complex"),
+    "negative weight": ({"condition_weight": -1.0}, ValueError, "condition_weight.*-1"),
+    "weight of a wrong type": ({"condition_weight": "1"}, TypeError, "condition_weight.*str"),
+    "unknown condition metric": ({"condition_metric": "cosin"}, ValueError, "cosin.*Did you mean 'cosine'"),
+    "metric of a wrong shape": ({"metric": lambda x, y: torch.zeros(4)}, ValueError, r"\(4, 4\).*\(4,\)"),
+    "metric without a tensor": ({"metric": lambda x, y: 0.0}, TypeError, "metric.*float"),
+    "metric with NaN": ({"metric": lambda x, y: torch.full((4, 4), torch.nan)}, ValueError, "not finite"),
+    "metric with integers": ({"metric": lambda x, y: torch.zeros(4, 4).int()}, TypeError, "metric.*int32"),
+    "index of a wrong length": ({"method": lambda c, *, generator: torch.arange(3)}, ValueError, r"\(4,\).*\(3,\)"),
+    "index out of range": ({"method": lambda c, *, generator: torch.arange(1, 5)}, ValueError, "1 to 4.*0 to 3"),
+    "negative index": ({"method": lambda c, *, generator: torch.arange(4) - 1}, ValueError, "-1"),
+    "index that repeats": ({"method": lambda c, *, generator: c.argmin(1)}, ValueError, r"register\(.*marginal="),
+    "index of floats": ({"method": lambda c, *, generator: torch.zeros(4)}, TypeError, "integer.*float32"),
+    "index that is none": ({"method": lambda c, *, generator: None}, TypeError, "index.*None"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bad_argument_is_refused_and_the_batch_left_as_it_was(name):
+    arguments, error, message = CALLS[name]
+    if arguments.get("method") == "sinkhorn":
+        pytest.importorskip("ot")
+    x, y = X.clone(), Y.clone()
+    with pytest.raises(error, match=f"(?s){message}"):
+        couple(x, y, **arguments)
+    assert same_bits(x, X)
+    assert same_bits(y, Y)
+
+
+_NAMES = [
+    "unknown method",
+    "unknown metric",
+    "unknown quantizer",
+    "unknown scope",
+    "unknown option",
+    "unknown condition metric",
+]
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_a_bad_name_is_refused_before_any_batch_arrives(name):
+    arguments, error, message = CALLS[name]
+    with pytest.raises(error, match=message):
+        Coupling(**arguments)
+
+
+@pytest.mark.parametrize("info", couplings.methods(), ids=lambda i: i.name)
+def test_more_noise_than_data_only_where_it_means_something(info):
+    noise = torch.cat([Y, Y + 1])
+    if info.name in ("hungarian", "auction", "lapjv", "greedy", "stable", "nearest"):
+        assert couple(X, noise, info.name).marginal == "selected"
+    else:
+        with pytest.raises(ValueError, match=f"{info.name}.*8 and 4"):
+            couple(X, noise, info.name)
+
+
+def test_candidates_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"k \* 4 rows, got 7"):
+        couple(X, torch.cat([Y, Y[:3]]), "nearest")
+
+
+@pytest.mark.parametrize("condition", [torch.zeros(4).long(), torch.zeros(4, 2)])
+def test_a_condition_needs_as_much_noise_as_data(condition):
+    with pytest.raises(ValueError, match=r"condition.*8 and 4"):
+        couple(X, torch.cat([Y, Y]), condition=condition)
+
+
+def test_overflow_of_the_cost_is_an_error_and_not_a_pairing():
+    x, y = X * 1e30, Y * 1e30
+    with pytest.raises(ValueError, match=r"finite.*float32.*float64"):
+        couple(x, y, metric="sqeuclidean")
+    assert couple(x.double(), y.double()).cost.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "extra"), [("emd", "ot", "pot"), ("sinkhorn", "ot", "pot"), ("lapjv", "lapjv", "lapjv")]
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, method, module, extra):
+    for name in [m for m in sys.modules if m.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    x, y = X.clone(), Y.clone()
+    with pytest.raises(ImportError, match=rf"{method}.*pip install 'couplings\[{extra}\]'"):
+        couple(x, y, method)
+    assert same_bits(x, X)
+    assert same_bits(y, Y)
+    assert couple(x, y, "hungarian").marginal == "permutation"
+    assert extra in next(i for i in couplings.methods(method)).requires
+
+
+@pytest.mark.parametrize("name", ["AUCTION", "Hungarian", " greedy "])
+def test_names_are_case_insensitive(name):
+    assert Coupling(name) == Coupling(name.strip().lower())
+    assert couple(X, Y, name, metric="L2", quantize="INT8").marginal == "permutation"
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [("exact", "auction"), ("jv", "lapjv"), ("none", "independent"), ("knn", "nearest")]
+)
+def test_aliases_stand_for_their_methods(alias, name):
+    assert Coupling(alias).to_dict()["method"] == name
+    assert Coupling(alias) == Coupling(name)
+
+
+def test_apply_refuses_what_is_not_tied_to_the_noise():
+    coupled = couple(X, Y)
+    with pytest.raises(ValueError, match=r"4 rows.*\(3, 3, 2\)"):
+        coupled.apply(X[:3])
+    with pytest.raises(TypeError, match="list"):
+        coupled.apply([1, 2, 3, 4])
+
+
+def test_coupled_is_frozen():
+    coupled = couple(X, Y)
+    with pytest.raises(AttributeError):
+        coupled.noise = Y
+
+
+@pytest.mark.parametrize("key", ["methd", "reg"])
+def test_from_dict_refuses_unknown_keys(key):
+    with pytest.raises(ValueError, match=key):
+        Coupling.from_dict({key: "auction"})
+
+
+@pytest.mark.parametrize("arguments", [{"method": lambda c, *, generator: None}, {"metric": torch.cdist}])
+def test_to_dict_refuses_callables(arguments):
+    with pytest.raises(TypeError, match="register"):
+        Coupling(**arguments).to_dict()

@@ -1,0 +1,72 @@
+import subprocess
+import sys
+
+import pytest
+
+from integrations import config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ddim-digit"], "did you mean 'ddim-digits'"),
+        (["ddim-digits", "--train.stepz", "3"], "train.stepz.*did you mean 'train.steps'"),
+        (["ddim-digits", "--train.steps", "ten"], "(?s)train.steps.*int.*ten"),
+        (["ddim-digits", "--objective.prediction", "x0"], "(?s)objective.prediction.*epsilon.*x0"),
+        (["ddim-digits", "--train.batch_size_per_device", "100"], "got 128, expected a multiple of .* = 100"),
+        (["ddim-digits", "--optimizer.lr", "-1"], "optimizer.lr: got -1.0, expected a positive number"),
+        (["ddim-digits", "--evaluate.steps", "[0]"], r"evaluate.steps: got \[0\]"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, message):
+    with pytest.raises(config.RecipeError, match=message):
+        config.load(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective: {name: dim}", "objective.name: got 'dim'.*did you mean 'ddim'"),
+        ("objective: {name: ddim}\nmodel: {name: mlp}\ntrian: {steps: 3}", "did you mean 'train"),
+        ("objective: {name: ddim}\nmodel: {name: mlp, widht: 3}", "did you mean 'model.width'"),
+        ("[1, 2]", "expected sections"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_recipe_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(config.RecipeError, match=message) as error:
+        config.load([str(path)])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", config.bundled())
+def test_a_recipe_survives_being_written_and_read(tmp_path, name):
+    recipe = config.load([name, "--train.steps", "7", "--optimizer.clip", "null"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.text())
+    assert config.load([str(path)]).sections() == recipe.sections()
+
+
+def test_a_bad_recipe_is_refused_before_torch_loads():
+    code = (
+        "import sys; from integrations.train import main\n"
+        "try: main(['ddim-digits', '--train.stepz', '3'])\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_shows_every_field_with_its_meaning_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        config.load(["ddim-digits", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    recipe = config.load(["ddim-digits"])
+    for section, values in recipe.sections().items():
+        if isinstance(values, dict):
+            for field in values:
+                assert f"--{section}.{field}" in text
+    assert "Optimizer steps of linear warm-up from 0. (type: int, default: 0)" in text

@@ -1,0 +1,460 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import TINY, tiny
+from safetensors.torch import load_file
+
+from couplings import couple
+from integrations import checkpoint, config, loop
+from integrations.data import load_source, to_signed
+from integrations.models import build_model
+from integrations.objectives import build_objective
+from integrations.randomness import Draws, address, epoch_order
+
+RECIPES = ["ddim-digits", "flow-matching-digits", "consistency-digits", "stable-diffusion-digits"]
+
+
+def trace(folder):
+    """What must not depend on interruptions: every logged number that is not a time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["reduction"], line["lr"]) for line in lines]
+
+
+def weights(folder, step):
+    found = checkpoint.read(folder / "checkpoints" / f"step-{step}")
+    groups = [name.removesuffix(".safetensors") for name in found.state["files"] if name.endswith(".safetensors")]
+    return {f"{group}.{name}": value for group in groups for name, value in found.tensors(group).items()}
+
+
+def assert_same_run(first, second, step):
+    assert trace(first) == trace(second)
+    a, b = weights(first, step), weights(second, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=name)
+
+
+def run_in_child(recipe, patience=0.0, limit=None):
+    torch.set_num_threads(1)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if patience:
+        inner = loop.Run.train_step
+
+        def slow(self, batches):
+            time.sleep(patience)
+            return inner(self, batches)
+
+        loop.Run.train_step = slow
+    try:
+        loop.train(recipe, progress=False)
+    except checkpoint.CheckpointError:
+        os._exit(3)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_writes_what_its_readers_expect(make, name):
+    recipe = make(name)
+    output = loop.train(recipe, progress=False)
+    assert config.load([str(output / "recipe.yaml")]).sections() == recipe.sections()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "reduction", "coupling_ms", "step_ms"} <= line.keys() for line in lines)
+    assert all(line["reduction"] > 0 for line in lines)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    assert (output / "samples" / "step-6.png").is_file()
+    assert (output / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_independent_coupling_gives_the_loss_trace_of_a_loop_without_coupling(make, name):
+    recipe = make(name, "--coupling.method", "independent", "--optimizer.clip", "null")
+    output = loop.train(recipe, progress=False)
+
+    source = load_source(recipe.data)
+    torch.manual_seed(address(recipe.train.seed, 0, 0, 1, "network"))
+    objective = build_objective(recipe, source)
+    model = build_model(recipe.model, objective)
+    objective.attach(model)
+    optimizer = loop.build_optimizer(recipe.optimizer, model)
+    order = epoch_order(recipe.train.seed, 0, len(source))
+    losses = []
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.optimizer.lr * loop.schedule(recipe, step)
+        parts = []
+        for block in range(2):
+            draws = Draws(recipe.train.seed, step, block, 2, torch.device("cpu"))
+            rows = order[16 * step + 8 * block : 16 * step + 8 * block + 8]
+            batch = source[rows.tolist()]
+            data, context = objective.prepare(to_signed(batch.images), batch.labels, draws)
+            loss = objective.loss(model, data, draws.normal(*data.shape), draws, **context).mean()
+            (loss / 2).backward()
+            parts.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(model, step + 1)
+        losses.append(torch.stack(parts).mean().item())
+    assert [line[1] for line in trace(output)] == losses
+
+
+UNET = """
+objective: {name: ddim}
+model: {name: unet, channels: [8, 16], attention: [false, true], layers_per_block: 1, norm_groups: 4, dropout: 0.5}
+"""
+
+
+def test_dropout_is_the_same_in_a_resumed_run_and_differs_between_steps(tmp_path, monkeypatch):
+    path = tmp_path / "unet.yaml"
+    path.write_text(UNET)
+    options = {**TINY, "train.checkpoint_every": "1", "train.steps": "3", "train.keep_last": "9"}
+
+    def recipe(folder, *further):
+        shrunk = [argument for field, value in options.items() for argument in (f"--{field}", value)]
+        return config.load([str(path), *shrunk, "--output", str(tmp_path / folder), *further])
+
+    whole = loop.train(recipe("whole"), progress=False)
+    loop.train(recipe("resumed"), progress=False)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-3")
+    torch.manual_seed(123)
+    resumed = loop.train(recipe("resumed", "--resume", "auto"), progress=False)
+    assert_same_run(whole, resumed, 3)
+
+    run = loop.Run(recipe("masks"))
+    masks = []
+    drop = torch.nn.functional.dropout
+    monkeypatch.setattr(
+        "torch.nn.functional.dropout", lambda x, *args, **kwargs: masks.append(drop(torch.ones(64), 0.5)) or x
+    )
+    for _ in range(2):
+        run.train_step(run.batches())
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) >= 4
+
+
+CT = ["--objective.variant", "ct", "--objective.loss", "l2"]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, []) for name in RECIPES), ("consistency-digits", CT)])
+def test_an_interrupted_run_resumes_bit_for_bit(make, monkeypatch, name, options):
+    whole = loop.train(make(name, *options, folder="whole"), progress=False)
+    inner = loop.Run.train_step
+
+    def interrupted(self, batches):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return inner(self, batches)
+
+    recipe = make(name, *options)
+    monkeypatch.setattr(loop.Run, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe, progress=False)
+    monkeypatch.setattr(loop.Run, "train_step", inner)
+    output = loop.train(make(name, *options, "--resume", "auto"), progress=False)
+    assert_same_run(whole, output, 6)
+
+
+@pytest.mark.parametrize(("name", "options"), [("flow-matching-digits", []), ("consistency-digits", CT)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, processes, name, options):
+    options = [*options, "--train.steps", "24", "--train.checkpoint_every", "3", "--train.sample_every", "5"]
+    whole = tiny(name, tmp_path / "whole", *options)
+    child = processes.Process(target=run_in_child, args=(whole,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+    generator = torch.Generator().manual_seed(0)
+    recipe = tiny(name, tmp_path / "killed", *options, "--resume", "auto")
+    kills = 0
+    for _ in range(12):
+        child = processes.Process(target=run_in_child, args=(recipe, 0.02 if kills < 4 else 0.0))
+        child.start()
+        # Some die while they start, some in a step, some while they write.
+        child.join(0.3 + 0.8 * torch.rand((), generator=generator).item() if kills < 4 else None)
+        if child.exitcode is not None:
+            break
+        child.kill()
+        child.join()
+        kills += 1
+    assert child.exitcode == 0
+    assert kills >= 2
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 24)
+
+
+def test_resuming_a_finished_run_changes_nothing(make):
+    loop.train(make("ddim-digits"), progress=False)
+    output = loop.train(make("ddim-digits", "--resume", "auto"), progress=False)
+    assert len(trace(output)) == 6
+
+
+def test_a_run_is_not_overwritten(make):
+    loop.train(make("ddim-digits"), progress=False)
+    with pytest.raises(loop.TrainingError, match="--resume auto"):
+        loop.train(make("ddim-digits"), progress=False)
+
+
+def test_a_run_is_not_resumed_with_other_settings(make):
+    loop.train(make("ddim-digits"), progress=False)
+    with pytest.raises(loop.TrainingError, match=r"optimizer.lr: got 0.5, but .* began with 0.001"):
+        loop.train(make("ddim-digits", "--resume", "auto", "--optimizer.lr", "0.5"), progress=False)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "missing"])
+def test_a_torn_checkpoint_is_passed_over_with_a_message(make, caplog, damage):
+    whole = loop.train(make("ddim-digits", folder="whole"), progress=False)
+    output = loop.train(make("ddim-digits"), progress=False)
+    victim = output / "checkpoints" / "step-6" / "model.safetensors"
+    content = bytearray(victim.read_bytes())
+    if damage == "truncate":
+        victim.write_bytes(content[:-100])
+    elif damage == "flip":
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.unlink()
+    assert checkpoint.newest(output / "checkpoints").step == 4
+    assert "step-6" in caplog.text
+    loop.train(make("ddim-digits", "--resume", "auto"), progress=False)
+    assert_same_run(whole, output, 6)
+
+
+def test_sigterm_saves_and_exits_0(tmp_path, processes):
+    recipe = tiny("ddim-digits", tmp_path, "--train.steps", "5000", "--train.checkpoint_every", "5000")
+    child = processes.Process(target=run_in_child, args=(recipe, 0.01))
+    child.start()
+    while not (tmp_path / "metrics.jsonl").exists() or not trace(tmp_path):
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 0
+    (step,) = checkpoint.steps(tmp_path / "checkpoints")
+    assert 0 < step < 5000
+    assert trace(tmp_path)[-1][0] == step
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(make, monkeypatch):
+    recipe = make("ddim-digits", "--train.log_every", "100")
+    inner = loop.Run.load
+
+    def poisoned(self, batch, block):
+        found = inner(self, batch, block)
+        return loop.Block(found.data * (torch.nan if self.step == 4 else 1.0), found.noise, found.draws, found.context)
+
+    monkeypatch.setattr(loop.Run, "load", poisoned)
+    monkeypatch.setattr(loop.Run, "couple", lambda self, blocks: (blocks, torch.zeros(()), 0.0))
+    with pytest.raises(loop.TrainingError, match=r"not finite at step 5.*step 4 is intact"):
+        loop.train(recipe, progress=False)
+    assert checkpoint.newest(recipe.output / "checkpoints").step == 4
+
+
+def test_a_full_disk_is_a_clear_error_and_keeps_the_last_checkpoint(tmp_path, processes):
+    recipe = tiny("ddim-digits", tmp_path, "--train.steps", "2")
+    child = processes.Process(target=run_in_child, args=(recipe,))
+    child.start()
+    child.join()
+    recipe = tiny("ddim-digits", tmp_path, "--train.steps", "4", "--resume", "auto")
+    child = processes.Process(target=run_in_child, args=(recipe, 0.0, 10_000))
+    child.start()
+    child.join()
+    assert child.exitcode == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    assert checkpoint.newest(tmp_path / "checkpoints").step == 2
+
+
+def test_the_target_is_the_noise_that_was_mixed_and_labels_stay_with_their_data(make):
+    recipe = make("ddim-digits", "--coupling.condition", "class", "--objective.prediction", "epsilon")
+    run = loop.Run(recipe)
+    batches = run.batches()
+    [(block, reduction, _), _] = run.paired_blocks(batches)
+    assert reduction > 0
+    rows = epoch_order(recipe.train.seed, 0, len(run.source))[:8].tolist()
+    expected = run.source[rows]
+    torch.testing.assert_close(block.data, to_signed(expected.images), rtol=0, atol=0)
+    torch.testing.assert_close(block.context["labels"], expected.labels, rtol=0, atol=0)
+    drawn = block.draws.normal(*block.data.shape)
+    again = couple(block.data, drawn, condition=expected.labels)
+    torch.testing.assert_close(block.noise, again.noise, rtol=0, atol=0)
+    for label in expected.labels.unique():
+        members = expected.labels == label
+        assert set(block.noise[members].flatten().tolist()) == set(drawn[members].flatten().tolist())
+
+
+def rank(recipe, rank, world, port):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    loop.train(recipe, progress=False)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("coupling", [["independent"], ["auction", "--coupling.scope", "global"], ["auction"]])
+def test_two_processes_train_as_one(tmp_path, processes, coupling):
+    options = ["--train.steps", "5", "--coupling.method", *coupling]
+    one = tiny("flow-matching-digits", tmp_path / "one", *options)
+    two = tiny("flow-matching-digits", tmp_path / "two", *options)
+    loop.train(one, progress=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [processes.Process(target=rank, args=(two, i, 2, port)) for i in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
+    for a, b in zip(trace(tmp_path / "one"), trace(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    a, b = weights(tmp_path / "one", 5), weights(tmp_path / "two", 5)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_blocks_that_do_not_divide_among_the_processes_are_refused_with_the_arithmetic(make):
+    with pytest.raises(config.RecipeError, match=r"2 blocks .* 3 processes \(2 / 3 = 0.67\)"):
+        loop.divide(make("ddim-digits"), 3)
+
+
+def test_no_two_blocks_share_random_numbers():
+    seeds = {
+        address(0, step, block, 4, purpose)
+        for step in range(200)
+        for block in range(4)
+        for purpose in ("augment", "noise", "time", "network")
+    }
+    assert len(seeds) == 200 * 4 * 4
+    assert address(0, 1, 0, 4, "noise") != address(1, 1, 0, 4, "noise")
+
+
+def test_every_epoch_visits_every_row_once_in_another_order():
+    first, second = epoch_order(0, 0, 100), epoch_order(0, 1, 100)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
+    assert first.tolist() != second.tolist()
+
+
+def test_the_averages_follow_the_ramp(make):
+    recipe = make("ddim-digits", "--train.steps", "1", "--train.checkpoint_every", "1")
+    run = loop.Run(recipe)
+    before = {name: value.detach().clone() for name, value in run.bare_model.named_parameters()}
+    output = loop.train(make("ddim-digits", "--train.steps", "1"), progress=False)
+    folder = output / "checkpoints" / "step-1"
+    after, averaged = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
+    for name, start in before.items():
+        torch.testing.assert_close(averaged[name], start * 2 / 11 + after[name] * 9 / 11)
+
+
+def test_data_loaded_by_workers_is_the_same_run(make):
+    one = loop.train(make("ddim-digits", folder="one"), progress=False)
+    two = loop.train(make("ddim-digits", "--data.workers", "1", folder="two"), progress=False)
+    assert_same_run(one, two, 6)
+
+
+def test_tensorboard_gets_every_logged_number(make):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = loop.train(make("ddim-digits", "--train.tracker", "tensorboard"), progress=False)
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert {"loss", "reduction", "coupling_ms", "step_ms", "lr"} <= set(events.Tags()["scalars"])
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert logged == [(step, pytest.approx(loss)) for step, loss, _, _ in trace(output)]
+
+
+def test_bfloat16_follows_float32_within_two_percent(make):
+    exact = trace(loop.train(make("ddim-digits", folder="fp32"), progress=False))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rounded = trace(loop.train(make("ddim-digits", "--train.mixed_precision", "bf16", folder="bf16"), progress=False))
+    assert [line[1] for line in exact] != [line[1] for line in rounded]
+    for a, b in zip(exact, rounded, strict=True):
+        assert b[1] == pytest.approx(a[1], rel=0.02)
+        assert b[2] == a[2]
+
+
+def test_gradient_checkpointing_changes_memory_only(tmp_path):
+    options = ["--model.pretrained", "null", "--train.steps", "2"]
+    plain = loop.train(tiny("stable-diffusion-digits", tmp_path / "plain", *options), progress=False)
+    options += ["--train.gradient_checkpointing", "true"]
+    saving = loop.train(tiny("stable-diffusion-digits", tmp_path / "saving", *options), progress=False)
+    for a, b in zip(trace(plain), trace(saving), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_compiling_does_not_change_the_run(make, monkeypatch):
+    compiled = []
+    inner = torch.nn.Module.compile
+
+    def eager(self):  # the switch reaches torch.compile; code generation itself takes minutes
+        compiled.append(self)
+        inner(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    plain = loop.train(make("flow-matching-digits", folder="plain"), progress=False)
+    fast = loop.train(make("flow-matching-digits", "--train.compile", "true", folder="fast"), progress=False)
+    assert len(compiled) == 1
+    assert_same_run(plain, fast, 6)
+
+
+def test_learning_rates_warm_up_and_decay(make):
+    def rates(*options):
+        recipe = make("ddim-digits", "--train.steps", "10", "--optimizer.warmup_steps", "4", *options)
+        return [loop.schedule(recipe, step) for step in range(10)]
+
+    assert rates("--optimizer.schedule", "constant") == [0.25, 0.5, 0.75] + [1.0] * 7
+    assert rates("--optimizer.schedule", "linear")[4:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates("--optimizer.schedule", "cosine")[7] == pytest.approx(0.5)
+
+
+def test_old_checkpoints_are_deleted_after_the_new_one_is_whole(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"model": {"w": torch.ones(3)}}, {}, {"recipe.yaml": "a: 1"})
+    checkpoint.prune(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    found = checkpoint.newest(tmp_path)
+    assert torch.equal(found.tensors("model")["w"], torch.ones(3))
+    assert (found.folder / "recipe.yaml").read_text() == "a: 1"
+
+
+def test_half_precision_that_a_cpu_would_ignore_is_refused(make):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(config.RecipeError, match="fp16"):
+        loop.Run(make("ddim-digits", "--train.mixed_precision", "fp16"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--coupling.method", "auctoin", "auction"),
+        ("--coupling.options.kk", "3", "kk"),
+        ("--coupling.metric", "l3", "l2"),
+        ("--train.global_batch_size", "1808", "digits has 1797 rows"),
+    ],
+)
+def test_a_coupling_or_batch_that_cannot_be_is_refused(make, option, value, message):
+    with pytest.raises(config.RecipeError, match=message):
+        loop.Run(make("ddim-digits", option, value))
+
+
+def test_nearest_gets_its_candidates(make):
+    recipe = make("flow-matching-digits", "--coupling.method", "nearest", "--coupling.options.k", "3")
+    run = loop.Run(recipe)
+    block = run.load(next(run.batches()), 0)
+    assert len(block.noise) == 3 * len(block.data)
+    paired, reduction, _ = run.couple([block])
+    candidates = block.noise.reshape(len(block.data), 3, -1)
+    chosen = paired[0].noise.flatten(1)[:, None]
+    assert (candidates == chosen).all(-1).any(1).all()
+    assert reduction > 0

@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from integrations import config
+from integrations.models import align, build_model
+
+# Counts computed with the networks' published code or configurations.
+FULL_SIZE = [
+    (config.Unet(), (3, 32, 32), 35_746_307),  # google/ddpm-cifar10-32
+    (config.Ncsnpp(), (3, 32, 32), 56_395_651),  # openai/consistency_models_cifar10
+    (config.Adm(), (3, 64, 64), 295_131_267),  # openai/consistency_models
+    (config.ConditionUnet(), (4, 64, 64), 859_520_964),  # CompVis/stable-diffusion-v1-4
+]
+SMALL = [
+    config.Mlp(width=16, depth=1),
+    config.ConvNext(patch_size=2, width=16, depth=1, kernel_size=3),
+    config.Unet(channels=[8, 16], attention=[False, True], layers_per_block=1, norm_groups=4),
+    config.Ncsnpp(channels=8, multipliers=[1, 2], attention=[False, True], layers_per_block=1, norm_groups=4),
+    config.Adm(channels=[8, 16], attention=[False, True], layers_per_block=1, head_channels=8, norm_groups=4),
+]
+
+
+@pytest.mark.parametrize(("section", "shape", "count"), FULL_SIZE, ids=lambda value: getattr(value, "name", None))
+def test_the_published_networks_have_the_published_number_of_parameters(section, shape, count):
+    with torch.device("meta"):
+        model = build_model(section, SimpleNamespace(shape=shape, caption_width=768))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
+def test_networks_take_one_time_or_one_each_and_are_finite_at_negative_times(section):
+    model = build_model(section, SimpleNamespace(shape=(3, 8, 8))).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one = model(x, -1500.0).sample
+        each = model(x, torch.tensor([-1500.0, 900.0])).sample
+    assert one.shape == x.shape
+    assert one.isfinite().all()
+    torch.testing.assert_close(one[0], each[0])
+    assert not torch.allclose(one[1], each[1])
+
+
+@pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
+def test_networks_survive_being_saved_and_loaded(section, tmp_path):
+    model = build_model(section, SimpleNamespace(shape=(3, 8, 8))).eval()
+    model.save_pretrained(tmp_path)
+    again = align(type(model).from_pretrained(tmp_path))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, 10.0).sample, model(x, 10.0).sample)
+
+
+@pytest.mark.parametrize("section", [s for s in SMALL if s.name in ("mlp", "convnext", "ncsnpp")], ids=lambda s: s.name)
+def test_class_conditional_networks_listen_to_the_class(section):
+    built = build_model(section, SimpleNamespace(shape=(3, 8, 8)))
+    model = type(built)(**{**built.config, "num_class_embeds": 4}).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = model(x, 10.0, class_labels=torch.tensor([0, 0])).sample
+        second = model(x, 10.0, class_labels=torch.tensor([0, 3])).sample
+    torch.testing.assert_close(first[0], second[0])
+    assert not torch.allclose(first[1], second[1])
+    with pytest.raises(ValueError, match="class_labels"):
+        model(x, 10.0)
