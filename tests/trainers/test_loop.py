@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import TINY, tiny
 from safetensors.torch import load_file
+from tiny_recipes import TINY, tiny
 
 from couplings import couple
 from integrations import checkpoint, config, loop

@@ -14,7 +14,7 @@ from integrations.data import load_source, to_signed
     scope="module", params=["ddim-digits", "flow-matching-digits", "consistency-digits", "stable-diffusion-digits"]
 )
 def run(request, tmp_path_factory):
-    from conftest import tiny
+    from tiny_recipes import tiny
 
     recipe = tiny(request.param, tmp_path_factory.mktemp("run") / request.param, "--train.ema_decay", "0.5")
     return loop.train(recipe, progress=False)
@@ -124,7 +124,7 @@ def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
 
 
 def test_more_steps_of_euler_approach_dopri5(tmp_path):
-    from conftest import tiny
+    from tiny_recipes import tiny
 
     options = {"train.steps": "30", "train.ema_decay": "0", "optimizer.lr": "0.02", "optimizer.warmup_steps": "0"}
     overrides = [argument for field, value in options.items() for argument in (f"--{field}", value)]
