@@ -20,7 +20,7 @@ PACKAGES = (
 ROOT = Path(__file__).parents[1]
 
 
-def environment(threads: int, extra_path: str | None) -> dict[str, Any]:
+def environment(threads: int, extra_path: str | None, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """Hardware, versions, commit and date.
 
     Parameters
@@ -28,6 +28,8 @@ def environment(threads: int, extra_path: str | None) -> dict[str, Any]:
     threads : int
     extra_path : str or None
         Folder with further packages.
+    packages : tuple of str
+        Whose versions matter.
 
     Returns
     -------
@@ -44,7 +46,7 @@ def environment(threads: int, extra_path: str | None) -> dict[str, Any]:
         },
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name, extra_path) for name in PACKAGES},
+        "versions": {name: _version(name, extra_path) for name in packages},
         "threads": threads,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "kernels": _git("log", "-1", "--format=%h", "--", "couplings")
