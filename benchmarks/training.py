@@ -30,7 +30,7 @@ PARTS = ((10, None), (20, 4), (50, 2))
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a recipe with its overrides, and what the pixels are multiplied with for the coupling's cost.
+    """One way to train: a recipe with its overrides.
 
     Parameters
     ----------
@@ -40,20 +40,17 @@ class Arm:
         Objective, for tables.
     overrides : tuple of str
         As on the command line of ``integrations.train``.
-    scale : str, optional
-        See `SCALES`.
     """
 
     recipe: str
     title: str
     overrides: tuple[str, ...] = ()
-    scale: str | None = None
 
 
-def _ddim(prediction: str, *overrides: str, scale: str | None = None) -> Arm:
+def _ddim(prediction: str, *overrides: str) -> Arm:
     title = {"v_prediction": "DDIM, v prediction", "epsilon": "DDIM, epsilon prediction"}
     title["sample"] = "DDIM, image prediction"
-    return Arm("ddim", title[prediction], ("--objective.prediction", prediction, *overrides), scale)
+    return Arm("ddim", title[prediction], ("--objective.prediction", prediction, *overrides))
 
 
 INDEPENDENT = ("--coupling.method", "independent")
@@ -92,11 +89,11 @@ def append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def settings(recipe: Any, arm: Arm) -> dict[str, Any]:
+def settings(recipe: Any) -> dict[str, Any]:
     """Return what decides a run's numbers: the recipe without its places."""
     values = recipe.sections()
     del values["output"], values["data"]["source"], values["train"]["keep_last"]
-    return {"scale": arm.scale, **json.loads(json.dumps(values))}
+    return json.loads(json.dumps(values))  # as it will be read back
 
 
 # -- running
@@ -104,7 +101,7 @@ def settings(recipe: Any, arm: Arm) -> dict[str, Any]:
 
 def run_arm(name: str, seed: int, options: Options) -> None:
     """Train one arm on one seed and put a record of every checkpoint on file."""
-    from integrations import config
+    from integrations import config, loop
     from integrations.checkpoint import steps as checkpoints
 
     arm = ARMS[name]
@@ -112,7 +109,7 @@ def run_arm(name: str, seed: int, options: Options) -> None:
     arguments = [str(RECIPES / f"{arm.recipe}.yaml"), *arm.overrides, *options.further, "--data.source", options.data]
     arguments += ["--train.seed", str(seed), "--output", str(output), "--resume", "auto"]
     recipe = config.load(arguments)
-    cell = {"arm": name, "seed": seed, "settings": settings(recipe, arm)}
+    cell = {"arm": name, "seed": seed, "settings": settings(recipe)}
     every, last = recipe.train.checkpoint_every, recipe.train.steps
     points = sorted({*range(every, last + 1, every), last})
     done = {
@@ -124,7 +121,7 @@ def run_arm(name: str, seed: int, options: Options) -> None:
         print(f"{name}, seed {seed}: on record", flush=True)
         return
     began = time.perf_counter()
-    train(recipe, arm)
+    loop.train(recipe, progress=False)
     if last not in checkpoints(output / "checkpoints"):
         sys.exit(143)  # asked to end; the loop has saved
     print(f"{name}, seed {seed}: trained, {time.perf_counter() - began:.0f} s", flush=True)
@@ -153,13 +150,6 @@ class Options:
     runs: Path
     records: Path
     further: tuple[str, ...]
-
-
-def train(recipe: Any, arm: Arm) -> None:
-    """Train with the integrations' own loop."""
-    from integrations import loop
-
-    loop.train(recipe, progress=False)
 
 
 @functools.cache
