@@ -1,8 +1,9 @@
 """When does coupling help training? ``python -m benchmarks.training --data DIR``, DIR in the format of MNIST's files.
 
 Trains small DDIM and flow matching networks with independent and with coupled noise, same seeds, and measures the
-Frechet distance of their samples along training for several numbers of sampling steps. One process on one thread. It
-can be ended at any time: called again it goes on where it was, and skips what is on record.
+Frechet distance of their samples along training for several numbers of sampling steps. Then asks the trained networks
+why. One process on one thread; it can be ended at any time: called again it goes on where it was, and skips what is on
+record. Processes with other arms or seeds may run beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,31 +37,129 @@ class Arm:
     ----------
     recipe : str
         Name in `RECIPES`.
-    title : str
-        Objective, for tables.
     overrides : tuple of str
         As on the command line of ``integrations.train``.
     """
 
     recipe: str
-    title: str
     overrides: tuple[str, ...] = ()
 
 
-def _ddim(prediction: str, *overrides: str) -> Arm:
-    title = {"v_prediction": "DDIM, v prediction", "epsilon": "DDIM, epsilon prediction"}
-    title["sample"] = "DDIM, image prediction"
-    return Arm("ddim", title[prediction], ("--objective.prediction", prediction, *overrides))
-
-
-INDEPENDENT = ("--coupling.method", "independent")
-
-ARMS = {
-    "v-independent": _ddim("v_prediction", *INDEPENDENT),
-    "v-coupled": _ddim("v_prediction"),
-    "epsilon-independent": _ddim("epsilon", *INDEPENDENT),
-    "epsilon-coupled": _ddim("epsilon"),
+PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon", "image": "sample"}
+PAIRINGS = {
+    "independent": ("--coupling.method", "independent"),
+    "coupled": (),
+    "whitened": ("--coupling.method", "auction-whitened"),
+    "of32": ("--train.batch_size_per_device", "32"),
 }
+
+
+def _ddim(kind: str, pairing: str) -> Arm:
+    return Arm("ddim", ("--objective.prediction", PREDICTIONS[kind], *PAIRINGS[pairing]))
+
+
+# What is predicted stands before the dash, how noise is paired after it.
+ARMS = {
+    **{f"{kind}-{pairing}": _ddim(kind, pairing) for kind in ("v", "epsilon") for pairing in PAIRINGS},
+    **{f"image-{pairing}": _ddim("image", pairing) for pairing in ("independent", "coupled")},
+    **{f"flow-{pairing}": Arm("flow-matching", PAIRINGS[pairing]) for pairing in ("independent", "coupled")},
+}
+MEANS = ("loss", "reduction", "coupling_ms", "step_ms")  # of the steps since the checkpoint before
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the command line said.
+
+    Parameters
+    ----------
+    data : str
+        A recipe's ``data.source``.
+    runs : Path
+        Folder of the runs.
+    records : Path
+        File of the records.
+    further : tuple of str
+        Overrides of all recipes.
+    """
+
+    data: str
+    runs: Path
+    records: Path
+    further: tuple[str, ...] = ()
+
+    def recipe(self, name: str, seed: int) -> Any:
+        """Return the recipe of one arm on one seed."""
+        from integrations import config
+
+        arguments = [str(RECIPES / f"{ARMS[name].recipe}.yaml"), *ARMS[name].overrides, *self.further]
+        arguments += ["--data.source", self.data, "--train.seed", str(seed)]
+        return config.load([*arguments, "--output", str(self.runs / f"{name}-{seed}"), "--resume", "auto"])
+
+    @functools.cached_property
+    def source(self) -> Any:
+        """The images."""
+        from integrations.config import Data
+        from integrations.data import load_source
+
+        return load_source(Data(source=self.data))
+
+    @functools.cached_property
+    def scores(self) -> Any:
+        """The measure that all arms share, in features of a classifier that is trained once and kept with the runs."""
+        import torch
+
+        from integrations import measure
+
+        network = measure.feature_network("classifier", self.source, self.runs)
+        return measure.Scores(network, self.source, torch.device("cpu"))
+
+    def trained(self, name: str, seed: int, step: int | None = None, *overrides: str) -> Any:
+        """Load a checkpoint, the last if no step is given."""
+        from integrations import measure
+
+        recipe = self.recipe(name, seed)
+        path = recipe.output / "checkpoints" / f"step-{step or recipe.train.steps}"
+        return measure.load_trained(path, ["--data.source", self.data, *overrides])
+
+    def frechet(self, trained: Any, steps: Iterable[int]) -> dict[str, float]:
+        """Return the Frechet distance of a model's samples to the images, for each number of sampling steps."""
+        from integrations import measure
+
+        count = trained.recipe.evaluate.samples
+        return {str(n): self.scores(measure.draw(trained, count, n))["fid"] for n in steps}
+
+    def once(self, key: dict[str, Any], find: Callable[[], dict[str, Any]]) -> None:
+        """Put what ``find`` returns on record under ``key``, unless something is."""
+        if any(all(record.get(name) == value for name, value in key.items()) for record in read(self.records)):
+            return
+        began = time.perf_counter()
+        record = key | find()
+        self.records.parent.mkdir(parents=True, exist_ok=True)
+        # A line at a time, so that processes may share the file.
+        with self.records.open("a") as file:
+            file.write(json.dumps(record | {"environment": environment(1, None, VERSIONS)}, allow_nan=False) + "\n")
+        shown = {name: value for name, value in record.items() if name != "settings"}
+        print(f"{time.perf_counter() - began:4.0f} s  {json.dumps(shown)}", flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file, without a line that was cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def settings(recipe: Any) -> dict[str, Any]:
+    """Return what decides a run's numbers: the recipe without its places."""
+    values = recipe.sections()
+    del values["output"], values["data"]["source"], values["train"]["keep_last"]
+    return json.loads(json.dumps(values))  # as it will be read back
+
+
+def points(recipe: Any) -> list[int]:
+    """Return the training steps at which there is a checkpoint."""
+    every, last = recipe.train.checkpoint_every, recipe.train.steps
+    return sorted({*range(every, last, every), last})
 
 
 def steps_at(step: int, recipe: Any) -> list[int]:
@@ -73,106 +172,33 @@ def steps_at(step: int, recipe: Any) -> list[int]:
     ]
 
 
-# -- records
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records, without a line that was cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a record: a line, so that processes may share the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def settings(recipe: Any) -> dict[str, Any]:
-    """Return what decides a run's numbers: the recipe without its places."""
-    values = recipe.sections()
-    del values["output"], values["data"]["source"], values["train"]["keep_last"]
-    return json.loads(json.dumps(values))  # as it will be read back
-
-
-# -- running
-
-
-def run_arm(name: str, seed: int, options: Options) -> None:
+def run_arm(name: str, seed: int, session: Session) -> None:
     """Train one arm on one seed and put a record of every checkpoint on file."""
-    from integrations import config, loop
+    from integrations import loop
     from integrations.checkpoint import steps as checkpoints
 
-    arm = ARMS[name]
-    output = options.runs / f"{name}-{seed}"
-    arguments = [str(RECIPES / f"{arm.recipe}.yaml"), *arm.overrides, *options.further, "--data.source", options.data]
-    arguments += ["--train.seed", str(seed), "--output", str(output), "--resume", "auto"]
-    recipe = config.load(arguments)
-    cell = {"arm": name, "seed": seed, "settings": settings(recipe)}
-    every, last = recipe.train.checkpoint_every, recipe.train.steps
-    points = sorted({*range(every, last + 1, every), last})
-    done = {
-        record["step"]
-        for record in read(options.records)
-        if record["kind"] == "point" and all(record[key] == value for key, value in cell.items())
-    }
-    if done.issuperset(points):
+    recipe = session.recipe(name, seed)
+    keys = [
+        {"kind": "point", "arm": name, "seed": seed, "settings": settings(recipe), "step": step}
+        for step in points(recipe)
+    ]
+    recorded = read(session.records)
+    if all(any(key.items() <= record.items() for record in recorded) for key in keys):
         print(f"{name}, seed {seed}: on record", flush=True)
         return
-    began = time.perf_counter()
     loop.train(recipe, progress=False)
-    if last not in checkpoints(output / "checkpoints"):
+    if recipe.train.steps not in checkpoints(recipe.output / "checkpoints"):
         sys.exit(143)  # asked to end; the loop has saved
-    print(f"{name}, seed {seed}: trained, {time.perf_counter() - began:.0f} s", flush=True)
-    metrics = read(output / "metrics.jsonl")
-    for step in points:
-        if step in done:
-            continue
-        began = time.perf_counter()
-        frechet = distances(output / "checkpoints" / f"step-{step}", steps_at(step, recipe), options)
+    metrics, every = read(recipe.output / "metrics.jsonl"), recipe.train.checkpoint_every
+    for key in keys:
+        step = key["step"]
         window = [line for line in metrics if step - every < line["step"] <= step] or metrics
-        means = {key: sum(line[key] for line in window) / len(window) for key in MEANS}
-        record = {"kind": "point", **cell, "step": step, "frechet": frechet, **means}
-        append(options.records, record | {"environment": environment(1, None, VERSIONS)})
-        shown = "  ".join(f"{steps}: {value:.1f}" for steps, value in frechet.items())
-        print(f"{name}, seed {seed}, step {step}: {shown}  ({time.perf_counter() - began:.0f} s)", flush=True)
 
+        def find(step: int = step, window: list[dict[str, float]] = window) -> dict[str, Any]:
+            means = {name: sum(line[name] for line in window) / len(window) for name in MEANS}
+            return {"frechet": session.frechet(session.trained(name, seed, step), steps_at(step, recipe)), **means}
 
-MEANS = ("loss", "reduction", "coupling_ms", "step_ms")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line said."""
-
-    data: str
-    runs: Path
-    records: Path
-    further: tuple[str, ...]
-
-
-@functools.cache
-def scores(options: Options) -> Any:
-    """Return the measure that all arms share, with a classifier trained once and kept beside the runs."""
-    import torch
-
-    from integrations import measure
-    from integrations.config import Data
-    from integrations.data import load_source
-
-    source = load_source(Data(source=options.data))
-    network = measure.feature_network("classifier", source, options.runs)
-    return measure.Scores(network, source, torch.device("cpu"))
-
-
-def distances(checkpoint: Path, steps: Iterable[int], options: Options) -> dict[str, float]:
-    """Return the Frechet distance for each number of sampling steps."""
-    from integrations import measure
-
-    trained = measure.load_trained(checkpoint, ["--data.source", options.data])
-    count = trained.recipe.evaluate.samples
-    return {str(n): scores(options)(measure.draw(trained, count, n))["fid"] for n in steps}
+        session.once(key, find)
 
 
 def source_name(given: str) -> str:
@@ -191,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog="Fields of the recipes can be overridden for all arms: --train.steps 800, --evaluate.samples 500, ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    names = list(ARMS)
     parser.add_argument(
         "--data",
         default=os.environ.get("COUPLINGS_DATA"),
@@ -198,22 +225,42 @@ def main(argv: list[str] | None = None) -> None:
         help="folder with train-images-idx3-ubyte and its labels, gzipped or not, or another data.source of recipes "
         "(default: the variable COUPLINGS_DATA)",
     )
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
+    parser.add_argument("--arms", nargs="*", choices=names, default=names, metavar="ARM", help=", ".join(names))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
+    parser.add_argument("--no-analysis", action="store_true", help="train and measure only")
     parser.add_argument("--runs", type=Path, default=Path("runs/training"), help="folder of checkpoints (%(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of records and report")
+    parser.add_argument("--report", action="store_true", help="only write the report, from the records")
     arguments, further = parser.parse_known_args(argv)
-    if arguments.data is None:
-        parser.error("--data: say where the images are, or set COUPLINGS_DATA")
+    records = arguments.output / "training.jsonl"
+    if not arguments.report:
+        if arguments.data is None:
+            parser.error("--data: say where the images are, or set COUPLINGS_DATA")
+        run(arguments, Session(source_name(arguments.data), arguments.runs, records, tuple(further)))
+    elif further:
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+
+    from . import training_report
+
+    for path in training_report.write(read(records), arguments.output):
+        print(f"wrote {path}")
+
+
+def run(arguments: argparse.Namespace, session: Session) -> None:
+    """Measure what is not on record."""
     import torch
 
+    from . import explained, whitening
+
     torch.set_num_threads(1)
-    options = Options(source_name(arguments.data), arguments.runs, arguments.output / "training.jsonl", tuple(further))
+    whitening.prepare(session.source)
     for seed in arguments.seeds:
         for name in arguments.arms:
-            run_arm(name, seed, options)
+            run_arm(name, seed, session)
+    if not arguments.no_analysis:
+        explained.couplings_alone(session)
+        for seed in arguments.seeds:
+            explained.networks(session, seed, arguments.arms)
 
 
 if __name__ == "__main__":
