@@ -1,18 +1,21 @@
-"""What a coupling did: how much nearer the pairs are, and whether the noise is still what was drawn.
+"""What a coupling did: how much nearer the pairs are, whether the noise is still what was drawn, what a model learned.
 
-Three questions, a function and a frozen answer each. They measure tensors and know nothing of methods, so
-that any trainer's noise can be held against them; `couplings.testing` turns them into pass or fail.
+Three questions about the noise, a function and a frozen answer each. They measure tensors and know nothing of methods,
+so that any trainer's noise can be held against them; `couplings.testing` turns them into pass or fail. A fourth,
+`one_step_prediction`, asks a trained model what it makes of pure noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from couplings._names import unknown
 from couplings.distances import canonical_metric, pair_costs
 
 __all__ = [
@@ -22,7 +25,11 @@ __all__ = [
     "class_leakage",
     "distance_reduction",
     "marginal_drift",
+    "one_step_prediction",
 ]
+
+# What a network can be trained to answer: the names of diffusers, and "flow" for the velocity of rectified flow.
+_PREDICTIONS = ("epsilon", "flow", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -332,6 +339,87 @@ def class_leakage(
         classes=len(known),
         rows=len(x),
     )
+
+
+def one_step_prediction(
+    predict: Callable[[Tensor], Tensor],
+    noise: Tensor,
+    *,
+    prediction: str = "epsilon",
+    alpha: float = 0.0,
+    sigma: float = 1.0,
+) -> Tensor:
+    """Ask a model for the data in pure noise: the x0 that it predicts in its very first sampling step.
+
+    Where noise and data were paired at random, nothing in the noise tells of the data, and the best answer is the mean
+    of all data, whatever the noise. Coupled training leaves something to be told, and the answers differ and have
+    edges (figure 3 of Immiscible Diffusion).
+
+    Parameters
+    ----------
+    predict : callable
+        ``predict(noise) -> (n, *shape) Tensor``: the network at its highest noise level, such as
+        ``lambda x: unet(x, scheduler.timesteps[0]).sample``.
+    noise : (n, *shape) Tensor
+        What sampling starts from.
+    prediction : {"epsilon", "v_prediction", "sample", "flow"}
+        What the network answers for ``x = alpha * x0 + sigma * eps``: eps, ``alpha * eps - sigma * x0``, x0 or
+        ``eps - x0``.
+    alpha, sigma : float
+        Scales of data and noise at that level; in diffusers ``alphas_cumprod[t] ** 0.5`` and
+        ``(1 - alphas_cumprod[t]) ** 0.5``. Of a flow from data at 0 to noise at t: ``1 - t`` and t.
+
+    Returns
+    -------
+    (n, *shape) Tensor
+
+    Raises
+    ------
+    ValueError
+        For an unknown prediction, an answer of another shape, scales that are not finite or negative, or scales
+        at which the answer does not tell of x0: epsilon at ``alpha=0``.
+
+    Notes
+    -----
+    Runs without gradients. The model is taken as it is: set it to evaluation mode, and give it averaged weights if
+    those are sampled from.
+
+    References
+    ----------
+    Immiscible Diffusion, arXiv 2406.12303, figure 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from couplings.diagnostics import one_step_prediction
+    >>> noise = torch.tensor([[1.0, 2.0]])
+    >>> one_step_prediction(lambda x: x - 0.5, noise, prediction="flow")  # a velocity noise - x0, for x0 = 0.5
+    tensor([[0.5000, 0.5000]])
+    """
+    if prediction not in _PREDICTIONS:
+        raise ValueError(unknown("prediction", prediction, _PREDICTIONS))
+    if not (0.0 <= alpha < math.inf and 0.0 <= sigma < math.inf and alpha + sigma > 0.0):
+        msg = f"alpha= and sigma= must be finite, not negative, and not both 0, got {alpha} and {sigma}."
+        raise ValueError(msg)
+    if prediction == "epsilon" and alpha == 0.0:
+        msg = (
+            "prediction='epsilon' at alpha=0: pure noise is its own epsilon, and no x0 follows from it. "
+            "Give alpha= of the scheduler's last training step, which is small but not 0."
+        )
+        raise ValueError(msg)
+    with torch.no_grad():
+        answer = predict(noise)
+        if not isinstance(answer, Tensor) or answer.shape != noise.shape:
+            got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            msg = f"predict() must give a tensor of the noise's shape {tuple(noise.shape)}, got {got}."
+            raise ValueError(msg)
+        if prediction == "epsilon":
+            return (noise - sigma * answer) / alpha
+        if prediction == "v_prediction":
+            return (alpha * noise - sigma * answer) / (alpha**2 + sigma**2)
+        if prediction == "flow":
+            return (noise - sigma * answer) / (alpha + sigma)
+        return answer
 
 
 def _rows(value: Any, what: str) -> Tensor:

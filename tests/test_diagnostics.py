@@ -12,7 +12,7 @@ from scipy import stats
 
 import couplings
 from couplings import couple
-from couplings.diagnostics import class_leakage, distance_reduction, marginal_drift
+from couplings.diagnostics import class_leakage, distance_reduction, marginal_drift, one_step_prediction
 from couplings.testing import batches
 
 
@@ -190,3 +190,38 @@ def test_halves_and_layouts_are_measured_as_their_values():
     assert marginal_drift(x.half()) == marginal_drift(x.half().double())
     assert marginal_drift(x.transpose(1, 2)).ks == marginal_drift(x).ks
     assert marginal_drift(x.requires_grad_()).rows == 16
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(0.6, 0.8), (0.25, 0.75), (0.0, 1.0), (0.01, 3.0)])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
+def test_a_model_that_knows_the_data_predicts_it_in_one_step(prediction, alpha, sigma):
+    x0, epsilon = gaussian(5, 2, 3, dtype=torch.float64), gaussian(5, 2, 3, seed=1, dtype=torch.float64)
+    x = alpha * x0 + sigma * epsilon
+    answers = {
+        "epsilon": epsilon,
+        "v_prediction": alpha * epsilon - sigma * x0,
+        "sample": x0,
+        "flow": epsilon - x0,
+    }
+
+    def model(seen):
+        assert torch.equal(seen, x)
+        assert not torch.is_grad_enabled()
+        return answers[prediction]
+
+    if prediction == "epsilon" and alpha == 0.0:
+        with pytest.raises(ValueError, match="no x0 follows from it"):
+            one_step_prediction(model, x, prediction=prediction, alpha=alpha, sigma=sigma)
+        return
+    found = one_step_prediction(model, x, prediction=prediction, alpha=alpha, sigma=sigma)
+    torch.testing.assert_close(found, x0)
+
+
+def test_one_step_prediction_refuses_what_it_cannot_read():
+    noise = gaussian(3, 4)
+    with pytest.raises(ValueError, match=r"unknown prediction 'v_predicton'.*v_prediction"):
+        one_step_prediction(lambda x: x, noise, prediction="v_predicton")
+    with pytest.raises(ValueError, match=r"noise's shape \(3, 4\), got \(3, 2\)"):
+        one_step_prediction(lambda x: x[:, :2], noise, prediction="sample")
+    with pytest.raises(ValueError, match="must be finite"):
+        one_step_prediction(lambda x: x, noise, prediction="sample", alpha=float("nan"))
