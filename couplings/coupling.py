@@ -19,6 +19,7 @@ from couplings.conditions import check_condition_options
 from couplings.distances import Metric, canonical_metric, full_float32
 from couplings.inputs import Array
 from couplings.pairing import Batch, Pairing, Plan, pair
+from couplings.phases import phase
 from couplings.quantization import canonical_quantizer, canonical_wire
 
 if TYPE_CHECKING:
@@ -191,12 +192,16 @@ class Coupling:
         inputs.check_generator(generator)
         generator = generator or private_generator()
         with torch.no_grad():
-            x, y = inputs.check_pair(data, noise)
-            plan = self.plan()
-            check_rows(plan, len(x), len(y), condition is not None)
+            with phase("checks"):
+                x, y = inputs.check_pair(data, noise)
+                plan = self.plan()
+                check_rows(plan, len(x), len(y), condition is not None)
             with torch.autocast(x.device.type, enabled=False), full_float32(x.device):
-                pairing = pair(prepare(x, y, condition), plan, generator)
-            return finish(pairing, y, as_numpy=isinstance(data, np.ndarray))
+                with phase("checks"):
+                    batch = prepare(x, y, condition)
+                pairing = pair(batch, plan, generator)
+            with phase("gather"):
+                return finish(pairing, y, as_numpy=isinstance(data, np.ndarray))
 
     def plan(self) -> Plan:
         """Resolve the names."""

@@ -13,6 +13,7 @@ from couplings._types import Marginal
 from couplings.assigners.registry import Assignment, Method, check_index
 from couplings.conditions import class_rows, condition_cost
 from couplings.distances import Metric, cost_matrix, pair_costs
+from couplings.phases import phase
 from couplings.quantization import Operand, quantized
 
 
@@ -102,8 +103,9 @@ def pair(batch: Batch, plan: Plan, generator: torch.Generator) -> Pairing:
     -------
     Pairing
     """
-    x = quantized(batch.data, plan.quantize, peak=batch.data_peak)
-    y = quantized(batch.noise, plan.quantize, peak=batch.noise_peak)
+    with phase("cost"):
+        x = quantized(batch.data, plan.quantize, peak=batch.data_peak)
+        y = quantized(batch.noise, plan.quantize, peak=batch.noise_peak)
     condition = None if plan.method.ignores_condition else batch.condition
     matrix: Tensor | None = None
     if condition is not None and not condition.is_floating_point():
@@ -113,14 +115,15 @@ def pair(batch: Batch, plan: Plan, generator: torch.Generator) -> Pairing:
         )
     else:
         assignment, matrix = _assign(x, y, condition, batch.peak, plan, generator)
-    if callable(plan.metric):
-        if matrix is None or condition is not None:
-            matrix = cost_matrix(x, y, plan.metric, shift_invariant=False)
-        pairs, before = matrix.gather(1, assignment.index[:, None]).squeeze(1), matrix.diagonal()
-    else:
-        pairs = pair_costs(batch.data, batch.noise, plan.metric, assignment.index)
-        before = pair_costs(batch.data, batch.noise, plan.metric)
-    cost = pairs.mean(dtype=torch.float64)
+    with phase("report"):
+        if callable(plan.metric):
+            if matrix is None or condition is not None:
+                matrix = cost_matrix(x, y, plan.metric, shift_invariant=False)
+            pairs, before = matrix.gather(1, assignment.index[:, None]).squeeze(1), matrix.diagonal()
+        else:
+            pairs = pair_costs(batch.data, batch.noise, plan.metric, assignment.index)
+            before = pair_costs(batch.data, batch.noise, plan.metric)
+        cost = pairs.mean(dtype=torch.float64)
     gap = None
     if assignment.slack is not None:
         between = 0.0
@@ -190,7 +193,8 @@ def _assign(
     x: Operand, y: Operand, condition: Tensor | None, peak: float, plan: Plan, generator: torch.Generator
 ) -> tuple[Assignment, Tensor | None]:
     if plan.method.info.needs == "cost":
-        cost = build_cost(x, y, condition, peak, plan)
+        with phase("cost"):
+            cost = build_cost(x, y, condition, peak, plan)
         return assign_cost(cost, plan, generator, (x.values, y.values)), cost
     return assign_points(x, y, condition, plan, generator), None
 
@@ -228,10 +232,11 @@ def _checked(
     info = plan.method.info
     if "generator" in plan.method.wants:
         extra = {**extra, "generator": generator}
-    answer = fn(*operands, **extra, **plan.options)
-    assignment = answer if isinstance(answer, Assignment) else Assignment(answer)
-    promised = assignment.marginal or info.marginal
-    index = check_index(assignment.index, n, m, promised, info.name, named=plan.named)
+    with phase("solve"):
+        answer = fn(*operands, **extra, **plan.options)
+        assignment = answer if isinstance(answer, Assignment) else Assignment(answer)
+        promised = assignment.marginal or info.marginal
+        index = check_index(assignment.index, n, m, promised, info.name, named=plan.named)
     return replace(assignment, index=index.to(operands[0].device))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from couplings.assigners.registry import Assignment
+from couplings.phases import phase
 
 
 def assign(
@@ -35,8 +36,10 @@ def assign(
     """
     from couplings.kernels.auction import solve
 
+    with phase("conversion"):
+        matrix = cost.numpy(force=True)
     solution = solve(
-        cost.numpy(force=True),
+        matrix,
         tolerance=tolerance,
         max_bids=max_bids,
         max_seconds=max_seconds,

@@ -12,6 +12,7 @@ from torch import Tensor
 from couplings.assigners.duality import slack
 from couplings.assigners.extras import missing_extra
 from couplings.assigners.registry import Assignment
+from couplings.phases import phase
 
 _OPTIMAL = 1  # POT's result code
 
@@ -40,9 +41,10 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
         import ot
     except ImportError as error:
         raise missing_extra(__name__, package="POT", extra="pot") from error
-    matrix = cost.cpu().double()
-    # POT calls some problems with negative costs infeasible; a constant changes no pair.
-    matrix = matrix - matrix.min()
+    with phase("conversion"):
+        matrix = cost.cpu().double()
+        # POT calls some problems with negative costs infeasible; a constant changes no pair.
+        matrix = matrix - matrix.min()
     # Unit masses, not 1/n: the flows of a vertex are then exactly 0 or 1.
     mass = np.ones(len(matrix))
     with warnings.catch_warnings():

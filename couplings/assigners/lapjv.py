@@ -10,6 +10,7 @@ from torch import Tensor
 from couplings.assigners.duality import slack
 from couplings.assigners.extras import missing_extra
 from couplings.assigners.registry import Assignment
+from couplings.phases import phase
 
 
 def assign(cost: Tensor, *, generator: torch.Generator | None = None) -> Assignment:
@@ -19,10 +20,12 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None) -> Assignm
     except ImportError as error:
         raise missing_extra(__name__, package="lapjv", extra="lapjv") from error
     n, m = cost.shape
-    square = cost.cpu()
-    if m > n:
-        # The package takes square matrices: m - n rows of a constant take the columns that are left.
-        square = torch.cat([square, square.new_zeros(m - n, m)])
-    columns, _, (_, _, prices) = lapjv(square.double().numpy(), force_doubles=True)
+    with phase("conversion"):
+        square = cost.cpu()
+        if m > n:
+            # The package takes square matrices: m - n rows of a constant take the columns that are left.
+            square = torch.cat([square, square.new_zeros(m - n, m)])
+        doubles = square.double().numpy()
+    columns, _, (_, _, prices) = lapjv(doubles, force_doubles=True)
     index = torch.from_numpy(columns).long()
     return Assignment(index[:n], slack(square, index, torch.from_numpy(prices)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from couplings.assigners.extras import missing_extra
 from couplings.assigners.randomness import gumbel, private_generator
 from couplings.assigners.registry import Assignment
+from couplings.phases import phase
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,11 @@ def assign(
         raise missing_extra(__name__, package="POT", extra="pot") from error
     n = len(cost)
     generator = generator or private_generator()
-    centred = cost - cost.mean(1, keepdim=True)
-    centred -= centred.mean(0)
-    deviation = centred.std(correction=0)
-    centred /= torch.where(deviation > 0, deviation, 1.0)
+    with phase("conversion"):
+        centred = cost - cost.mean(1, keepdim=True)
+        centred -= centred.mean(0)
+        deviation = centred.std(correction=0)
+        centred /= torch.where(deviation > 0, deviation, 1.0)
     mass = cost.new_full((n,), 1.0 / n)
     tolerance = 1e-5 / n**0.5
     with warnings.catch_warnings():

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from couplings.phases import phase
+
 
 def assign(
     cost: Tensor,
@@ -36,5 +38,8 @@ def assign(
         msg = f"noise_rank= must be 'cost' or 'dot', got {noise_rank!r}."
         raise ValueError(msg)
     data, noise = points
-    score = cost if noise_rank == "cost" else -(data @ noise.T)
-    return torch.from_numpy(stable(cost.numpy(force=True), score.numpy(force=True)))
+    with phase("cost"):
+        score = cost if noise_rank == "cost" else -(data @ noise.T)
+    with phase("conversion"):
+        of_data, of_noise = cost.numpy(force=True), score.numpy(force=True)
+    return torch.from_numpy(stable(of_data, of_noise))

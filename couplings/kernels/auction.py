@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from couplings.phases import phase
+
 from . import _assignment as kernels
 from ._threads import over_rows
 
@@ -125,7 +127,8 @@ def solve(
     deadline = math.inf if max_seconds is None else time.perf_counter() + max_seconds
     C = np.ascontiguousarray(cost).view()
     C.flags.writeable = False  # one kernel signature for all callers, and a promise kept by Numba
-    search = _Search(C, 1 if threads is None or C.size < SERIAL else threads, deadline)
+    with phase("conversion"):
+        search = _Search(C, 1 if threads is None or C.size < SERIAL else threads, deadline)
     return search.run(tolerance, math.inf if max_bids is None else max_bids, warm_start)
 
 
