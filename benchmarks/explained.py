@@ -155,7 +155,7 @@ def networks(session: Session, seed: int, arms: list[str]) -> None:
     ended = {(r["arm"], r["step"]) for r in read(session.records) if r["kind"] == "point" and r["seed"] == seed}
     recipes = {name: recipe for name, recipe in recipes.items() if (name, recipe.train.steps) in ended}
     for name, recipe in recipes.items():
-        key = {"kind": "levels", "arm": name, "seed": seed, "settings": settings(recipe)}
+        key = {"kind": "levels", "arm": name, "seed": seed, "step": recipe.train.steps, "settings": settings(recipe)}
         session.once(key, lambda name=name: {"explained": by_level(session.trained(name, seed))})
     for pairing in PAIRINGS:
         pair = [f"{kind}-{pairing}" for kind in ("v", "epsilon")]
@@ -165,7 +165,8 @@ def networks(session: Session, seed: int, arms: list[str]) -> None:
         steps = [n for n in recipe.evaluate.steps if n <= 20]
         cut = recipe.objective.diffusion_steps // 2
         for high, low in (pair, pair[::-1]):
-            key = {"kind": "switched", "high": high, "low": low, "cut": cut, "seed": seed, "settings": settings(recipe)}
+            key = {"kind": "switched", "high": high, "low": low, "cut": cut, "seed": seed}
+            key |= {"step": recipe.train.steps, "settings": settings(recipe)}
 
             def both(high: str = high, low: str = low, cut: int = cut, steps: list[int] = steps) -> dict[str, Any]:
                 model = switched(session.trained(high, seed), session.trained(low, seed), cut)

@@ -9,6 +9,7 @@ record. Processes with other arms or seeds may run beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -25,8 +26,10 @@ RECIPES = Path(__file__).parent / "recipes"
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = (*PACKAGES[:5], "diffusers", "accelerate", "torchmetrics", "safetensors", "scikit-learn")
 
-# Sampling with many steps takes longer than training: up to 10 at every checkpoint, the others at a few.
-PARTS = ((10, None), (20, 4), (50, 2))
+# Sampling with many steps takes longer than training: up to 10 at every checkpoint, 20 at every second, more at every
+# fourth.
+SPARSE = ((10, 1), (20, 2))
+SPARSEST = 4
 
 
 @dataclass(frozen=True)
@@ -136,23 +139,40 @@ class Session:
         began = time.perf_counter()
         record = key | find()
         self.records.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(record | {"environment": environment(1, None, VERSIONS)}, allow_nan=False)
+        cut_short = self.records.exists() and not self.records.read_bytes().endswith(b"\n")
         # A line at a time, so that processes may share the file.
         with self.records.open("a") as file:
-            file.write(json.dumps(record | {"environment": environment(1, None, VERSIONS)}, allow_nan=False) + "\n")
+            file.write("\n" * cut_short + line + "\n")
         shown = {name: value for name, value in record.items() if name != "settings"}
         print(f"{time.perf_counter() - began:4.0f} s  {json.dumps(shown)}", flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file, without a line that was cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the records of a JSONL file, without a line that was cut short when a process was killed."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def settings(recipe: Any) -> dict[str, Any]:
-    """Return what decides a run's numbers: the recipe without its places."""
+    """Return what decides the numbers of a checkpoint: the recipe without its places and without its length.
+
+    With a constant learning rate a longer run begins with the shorter one, so that it may be continued.
+    """
     values = recipe.sections()
-    del values["output"], values["data"]["source"], values["train"]["keep_last"]
+    del values["output"], values["data"]["source"]
+    for name in (
+        "keep_last",
+        "checkpoint_every",
+        "log_every",
+        *(["steps"] * (recipe.optimizer.schedule == "constant")),
+    ):
+        del values["train"][name]
+    for name in ("steps", "batch_size"):
+        del values["evaluate"][name]
     return json.loads(json.dumps(values))  # as it will be read back
 
 
@@ -164,12 +184,9 @@ def points(recipe: Any) -> list[int]:
 
 def steps_at(step: int, recipe: Any) -> list[int]:
     """Return the numbers of sampling steps to measure after ``step`` training steps."""
-    return [
-        steps
-        for steps in recipe.evaluate.steps
-        if (parts := next((parts for most, parts in PARTS if steps <= most), 1)) is None
-        or step * parts % recipe.train.steps == 0
-    ]
+    number = step // recipe.train.checkpoint_every
+    every = {n: next((every for most, every in SPARSE if n <= most), SPARSEST) for n in recipe.evaluate.steps}
+    return [n for n in recipe.evaluate.steps if number % every[n] == 0]
 
 
 def run_arm(name: str, seed: int, session: Session) -> None:

@@ -255,6 +255,73 @@ def coupling_table(results: Results) -> str | None:
     return _table([*head, *(f"of that, along the first {k}" for k in (1, 10, 100))], rows)
 
 
+COLORS = {BASE: "#8a8f98", OURS: "#d1495b"}
+ALONG = 10  # sampling steps of the curves along training
+
+
+def picture(results: Results, path: Path) -> None:
+    """Draw distances over sampling steps, along training, and what the networks know of the image at each level."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "couplings"}
+    with plt.rc_context(style):
+        width = 1 + 3.4 * len(results.kinds)
+        figure, panels = plt.subplots(
+            3, len(results.kinds), figsize=(width, 9), dpi=120, squeeze=False, sharey="row", layout="constrained"
+        )
+        shares = levels(results)
+        for column, kind in enumerate(results.kinds):
+            panels[0][column].set_title(KINDS[kind], loc="left", fontsize=12, fontweight="bold")
+            for pairing, color in COLORS.items():
+                arm = f"{kind}-{pairing}"
+                over = {n: results.at(arm, n, results.last) for n in results.steps}
+                _band(panels[0][column], over, color, pairing)
+                along = results.curves[arm].get(ALONG) or results.curves[arm][results.steps[0]]
+                _band(panels[1][column], along, color, pairing)
+                _band(panels[2][column], shares.get(arm, {}), color, pairing)
+            _label(panels[:, column], results)
+        panels[0][0].set_ylabel(f"Frechet distance\nafter {results.last:,} training steps")
+        panels[1][0].set_ylabel(f"Frechet distance\nat {ALONG} sampling steps")
+        panels[2][0].set_ylabel("share of the image's variance\nthat the network predicts")
+        panels[0][0].legend(frameon=False)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _band(axes: Any, values: dict[Any, dict[int, float]], color: str, name: str) -> None:
+    """Draw the mean over seeds, and from the lowest to the highest."""
+    found = sorted((x, by_seed) for x, by_seed in values.items() if by_seed)
+    if not found:
+        return
+    x = [x for x, _ in found]
+    axes.plot(
+        x, [fmean(by_seed.values()) for _, by_seed in found], "o-", color=color, lw=2, ms=4, label=f"{name} noise"
+    )
+    low, high = zip(*((min(by_seed.values()), max(by_seed.values())) for _, by_seed in found), strict=True)
+    axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
+
+
+def _label(column: Any, results: Results) -> None:
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    over, along, shares = column
+    over.set(xscale="log", yscale="log", xlabel="sampling steps")
+    over.set_xticks(results.steps, [str(n) for n in results.steps])
+    over.xaxis.set_minor_locator(NullLocator())
+    along.set(yscale="log", xlabel="training steps")
+    shares.set(xlabel="noise level (1: pure noise)", ylim=(-0.1, 1))
+    for axes in (over, along):
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+    shares.axhline(0, color="#444a52", lw=0.8)
+    for axes in column:
+        axes.grid(axis="y", which="both", color="#e6e8eb")
+        axes.set_axisbelow(True)
+
+
 def page(results: Results) -> str:
     """Return the whole page."""
     sections = [
@@ -270,9 +337,12 @@ def page(results: Results) -> str:
 
 
 def write(records: list[Record], folder: Path) -> list[Path]:
-    """Write page and plot; return their paths."""
+    """Write page and plot; return their paths: none before an arm and its baseline are on record."""
     results = Results(records)
+    if not results.kinds:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "training.md"
     path.write_text(page(results))
-    return [path]
+    picture(results, path.with_suffix(".png"))
+    return [path, path.with_suffix(".png")]
