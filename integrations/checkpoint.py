@@ -71,7 +71,8 @@ def save(
     final = folder / f"step-{step}"
     partial = folder / f".step-{step}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for remains in folder.glob(".step-*"):  # of a process that was killed while it wrote or deleted
+            shutil.rmtree(remains, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, group in tensors.items():
             plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
@@ -81,7 +82,7 @@ def save(
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         document = {"step": step, "files": files, **state}
         (partial / "state.json").write_text(json.dumps(document, indent=1))
-        for path in partial.iterdir():
+        for path in (*partial.iterdir(), partial):
             _flush(path)
         if final.exists():
             shutil.rmtree(final)

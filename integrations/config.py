@@ -11,10 +11,12 @@ import dataclasses
 import difflib
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -369,6 +371,13 @@ class Data:
         ``cifar10``, ``celeba``, ``tiny-imagenet`` and ``imagenet`` are hub data sets by short names.
     split :
         Split of a hub data set.
+    streaming :
+        Read a ``folder`` or hub data set from beginning to end, without storing it first. Every process
+        reads all of it; resuming passes over the rows that the epoch has had.
+    shuffle_buffer :
+        Neighbouring rows of a stream that are shuffled together and held in memory, as encoded images.
+    rows :
+        Number of rows of a stream; null takes what the data set says, and counts the rows of a local one.
     resolution :
         Side of the square images in pixels: the largest centred square (or ``crop``) is resized to it.
         Null keeps the images of ``digits``, ``photo-crops``, ``idx`` and square data sets as they are.
@@ -386,11 +395,14 @@ class Data:
         What a damaged image file does: its row is replaced by the next readable one and the file is
         named in a warning, or the run ends.
     workers :
-        Processes that load images; 0 loads in the training process.
+        Processes that load images, threads for a stream; 0 loads in the training process itself.
     """
 
     source: str = "digits"
     split: str = "train"
+    streaming: bool = False
+    shuffle_buffer: int = 5000
+    rows: int | None = None
     resolution: int | None = None
     crop: int | None = None
     mode: Literal["RGB", "L"] = "RGB"
@@ -641,6 +653,15 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
 
 
 SECTIONS = ("objective", "data", "model", "optimizer", "coupling", "train", "evaluate")
+KINDS: dict[str, list[type]] = {
+    "objective": list(OBJECTIVES.values()),
+    "data": [Data],
+    "model": list(MODELS.values()),
+    "optimizer": [Optimizer],
+    "coupling": [CouplingSection],
+    "train": [Train],
+    "evaluate": [Evaluate],
+}
 
 
 def _parser(path: Path, prog: str) -> ArgumentParser:
@@ -726,6 +747,11 @@ def check(recipe: Recipe) -> None:
     for name in ("resolution", "crop"):
         value = getattr(data, name)
         expect(value is None or value >= 1, f"data.{name}", value, "a number of pixels or null")
+    expect(data.workers >= 0, "data.workers", data.workers, "at least 0")
+    held = kind in ("digits", "photo-crops", "idx")
+    expect(not (held and data.streaming), "data.streaming", True, f"false for data.source = {data.source}")
+    expect(data.shuffle_buffer >= 1, "data.shuffle_buffer", data.shuffle_buffer, "at least 1")
+    expect(data.rows is None or data.rows >= 1, "data.rows", data.rows, "at least 1 or null")
     steps = recipe.evaluate.steps
     expect(bool(steps) and min(steps) >= 1, "evaluate.steps", steps, "positive numbers of sampling steps")
     captioned = isinstance(recipe.objective, StableDiffusion)
@@ -738,6 +764,8 @@ def check(recipe: Recipe) -> None:
         dropout, scale = recipe.objective.caption_dropout, recipe.objective.guidance_scale
         expect(0 <= dropout <= 1, "objective.caption_dropout", dropout, "a share between 0 and 1")
         expect(scale >= 1, "objective.guidance_scale", scale, "at least 1")
+        fits = recipe.objective.sampler == "ddim" or recipe.objective.prediction != "sample"
+        expect(fits, "objective.sampler", "pndm", "ddim for objective.prediction = sample")
     if isinstance(recipe.objective, Consistency):
         s0, s1 = recipe.objective.s0, recipe.objective.s1
         expect(s0 >= 1, "objective.s0", s0, "at least 1")
@@ -753,6 +781,24 @@ def check(recipe: Recipe) -> None:
             model.attention,
             f"{len(levels)} values, one a level",
         )
+
+
+def describe(section: str, kind: type) -> str:
+    """Return the help of a section: every field with its meaning, type and default."""
+    parsed = docstring_parser.parse(kind.__doc__ or "")
+    texts = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in parsed.params}
+    lines = [f"{section}: {parsed.short_description}"]
+    for entry in dataclasses.fields(kind):
+        made = entry.default_factory() if callable(entry.default_factory) else entry.default
+        default = (
+            yaml.safe_dump(made, default_flow_style=True).split("\n")[0] if not isinstance(made, tuple) else list(made)
+        )
+        text = f"{texts[entry.name]} (type: {entry.type}, default: {default})"
+        lines += [
+            f"  --{section}.{entry.name}",
+            *textwrap.wrap(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 8),
+        ]
+    return "\n".join(lines)
 
 
 def _closest(word: str, known: Any) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import itertools
 import os
-from abc import abstractmethod
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Data, RecipeError
+from .randomness import epoch_order
 
 # Names of hub data sets, and the centred square that is usual for them (CelebA's faces fill 140 of 178 x 218).
 HUB = {
@@ -30,6 +34,15 @@ HUB = {
 
 class DataError(RuntimeError):
     """Data that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring places ``first`` to ``last - 1`` in the order of an epoch."""
+
+    epoch: int
+    first: int
+    last: int
 
 
 @dataclass
@@ -51,8 +64,8 @@ class Batch:
     unreadable: list[str] = field(default_factory=list)
 
 
-class Images(Dataset[Batch]):
-    """A map-style source: ``source[rows]`` is the `Batch` of those rows.
+class Source(ABC):
+    """Where images come from.
 
     Attributes
     ----------
@@ -69,7 +82,77 @@ class Images(Dataset[Batch]):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def scan(self, size: int, workers: int = 0) -> Iterator[Batch]:
+        """Yield all rows in order, ``size`` at a time, loaded by ``workers`` workers."""
+
+    @abstractmethod
+    def blocks(self, pieces: Iterable[Piece], seed: int, workers: int = 0, pinned: bool = False) -> Iterator[Batch]:
+        """Yield the shuffled rows of each piece of an epoch, loaded by ``workers`` workers."""
+
+
+class Images(Source, Dataset[Batch]):
+    """A map-style source: ``source[rows]`` is the `Batch` of those rows."""
+
+    @abstractmethod
     def __getitem__(self, rows: list[int]) -> Batch: ...
+
+    def scan(self, size: int, workers: int = 0) -> Iterator[Batch]:
+        """Yield all rows in order, ``size`` at a time, loaded by ``workers`` workers."""
+        yield from self._load((rows.tolist() for rows in torch.arange(len(self)).split(size)), workers)
+
+    def blocks(self, pieces: Iterable[Piece], seed: int, workers: int = 0, pinned: bool = False) -> Iterator[Batch]:
+        """Yield the rows of each piece, every epoch in an order of its own."""
+        return self._load(self._shuffled(pieces, seed), workers, pinned)
+
+    def _shuffled(self, pieces: Iterable[Piece], seed: int) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0)
+        for piece in pieces:
+            if piece.epoch != epoch:
+                epoch, order = piece.epoch, epoch_order(seed, piece.epoch, len(self))
+            yield order[piece.first : piece.last].tolist()
+
+    def _load(self, batches: Iterable[list[int]], workers: int, pinned: bool = False) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Told(self),
+            sampler=_Given(batches),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pinned,
+            worker_init_fn=_outlive_termination,
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _Given(Sampler[list[int]]):
+    """Rows decided elsewhere."""
+
+    def __init__(self, batches: Iterable[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class _Told(Dataset[Any]):
+    """Hands errors over as values: a worker process would bury their text in its traceback."""
+
+    def __init__(self, source: Images) -> None:
+        self.source = source
+
+    def __getitem__(self, rows: list[int]) -> Batch | DataError:
+        try:
+            return self.source[rows]
+        except DataError as error:
+            return error
+
+
+def _outlive_termination(worker: int) -> None:
+    # A cluster sends SIGTERM to every process of a job: the training process still needs its data to
+    # end the step and save. Workers end when it does.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ArrayImages(Images):
@@ -100,6 +183,98 @@ class ArrayImages(Images):
         return Batch(self.images[index], self.labels[index])
 
 
+class Decoder:
+    """Decodes rows of a data set of encoded images.
+
+    Parameters
+    ----------
+    features : datasets.Features
+        Its columns: one of images and, maybe, one of labels.
+    config : Data
+        How to cut and scale the images, and what to do about unreadable ones.
+
+    Raises
+    ------
+    RecipeError
+        If there is no column of images.
+    """
+
+    def __init__(self, features: Any, config: Data) -> None:
+        import datasets
+
+        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        if not images:
+            msg = f"data.source: got {config.source!r} with columns {list(features)}, expected a column of images"
+            raise RecipeError(msg)
+        self.image, self.label = images[0], labels[0] if labels else None
+        self.classes: list[str] = list(features[self.label].names) if self.label else [""]
+        self.config = config
+        self.shape: tuple[int, ...] = ()
+        self.first: Row
+
+    def measure(self, rows: Iterable[Row]) -> None:
+        """Take the first readable image: all others must have its shape."""
+        for row in itertools.islice(rows, 100):
+            image, _ = self.read(row)
+            if image is not None:
+                self.shape, self.first = tuple(image.shape), row
+                return
+        msg = f"data.source: {self.config.source}: none of the first images can be read"
+        raise DataError(msg)
+
+    def read(self, row: Row) -> tuple[Tensor | None, str]:
+        """Decode one image, or say why it cannot be done."""
+        entry = row.values[self.image]
+        try:
+            content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                return square(image.convert(self.config.mode), self.config), ""
+        except UnidentifiedImageError:  # its own text names a buffer
+            return None, f"{entry['path'] or 'image'} (row {row.number}): not an image"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return None, f"{entry['path'] or 'image'} (row {row.number}): {error}"
+
+    def decode(self, asked: int, fetch: Callable[[int], Row], count: int) -> tuple[Tensor, int, list[str]]:
+        """Return the image and label of one of ``count`` rows, and what was unreadable on the way.
+
+        Raises
+        ------
+        DataError
+            If it cannot be read and should not be replaced, or has another shape than the first image.
+        """
+        unreadable: list[str] = []
+        row = fetch(asked)
+        image, error = self.read(row)
+        while image is None:
+            if self.config.on_unreadable == "raise" or len(unreadable) == 100:
+                msg = f"unreadable image: {error}"
+                raise DataError(msg)
+            unreadable.append(error)
+            # Its neighbour, not a random one: the same whoever loads it.
+            row = fetch((asked + len(unreadable)) % count) if len(unreadable) < count else self.first
+            image, error = self.read(row)
+        if tuple(image.shape) != self.shape:
+            found = f"row {row.number} is {tuple(image.shape)}, the first image is {self.shape}"
+            msg = f"{found}: set data.resolution"
+            raise DataError(msg)
+        return image, row.values[self.label] if self.label else 0, unreadable
+
+    @staticmethod
+    def collate(decoded: Iterable[tuple[Tensor, int, list[str]]]) -> Batch:
+        """Make a batch of decoded rows."""
+        images, labels, unreadable = zip(*decoded, strict=True)
+        return Batch(torch.stack(images), torch.tensor(labels), list(itertools.chain(*unreadable)))
+
+
+@dataclass
+class Row:
+    """An encoded row of a data set, and its number there."""
+
+    number: int
+    values: dict[str, Any]
+
+
 class FileImages(Images):
     """Encoded images of a ``datasets.Dataset``, decoded when asked for.
 
@@ -114,57 +289,20 @@ class FileImages(Images):
     def __init__(self, table: Any, config: Data) -> None:
         import datasets
 
-        features = table.features
-        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        if not images:
-            msg = f"data.source: got {config.source!r} with columns {list(features)}, expected a column of images"
-            raise RecipeError(msg)
-        self.label = labels[0] if labels else None
-        self.classes = list(features[self.label].names) if self.label else [""]
-        self.image = images[0]
+        self.decoder = Decoder(table.features, config)
         # Decoded here rather than by datasets, so that a damaged file can be named and replaced.
-        self.table = table.cast_column(self.image, datasets.Image(decode=False))
-        self.config = config
-        readings = (self._read(row) for row in range(min(100, len(self.table))))
-        first = next((image for image, _ in readings if image is not None), None)
-        if first is None:
-            msg = f"data.source: {config.source}: none of the first images can be read"
-            raise DataError(msg)
-        self.shape = tuple(first.shape)
+        self.table = table.cast_column(self.decoder.image, datasets.Image(decode=False))
+        self.decoder.measure(map(self._row, range(len(table))))
+        self.shape, self.classes = self.decoder.shape, self.decoder.classes
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def _read(self, row: int) -> tuple[Tensor | None, str]:
-        entry = self.table[row][self.image]
-        try:
-            content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                return square(image.convert(self.config.mode), self.config), ""
-        except UnidentifiedImageError:  # its own text names a buffer
-            return None, f"{entry['path'] or 'image'} (row {row}): not an image"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return None, f"{entry['path'] or 'image'} (row {row}): {error}"
+    def _row(self, number: int) -> Row:
+        return Row(number, self.table[number])
 
     def __getitem__(self, rows: list[int]) -> Batch:
-        images, labels, unreadable = [], [], []
-        for asked in rows:
-            row, (image, error) = asked, self._read(asked)
-            while image is None:
-                if self.config.on_unreadable == "raise" or len(unreadable) == 100:
-                    msg = f"unreadable image: {error}"
-                    raise DataError(msg)
-                unreadable.append(error)
-                # Its neighbour, not a random one: the same whoever loads it.
-                row = (row + 1) % len(self)
-                image, error = self._read(row)
-            if tuple(image.shape) != self.shape:
-                msg = f"row {row} is {tuple(image.shape)}, the first image is {self.shape}: set data.resolution"
-                raise DataError(msg)
-            images.append(image)
-            labels.append(self.table[row][self.label] if self.label else 0)
-        return Batch(torch.stack(images), torch.tensor(labels), unreadable)
+        return Decoder.collate(self.decoder.decode(row, self._row, len(self)) for row in rows)
 
 
 def square(image: Image.Image, config: Data) -> Tensor:
@@ -193,7 +331,7 @@ class Subset(Images):
         return self.source[self.rows[torch.as_tensor(rows)].tolist()]
 
 
-def load_source(config: Data) -> Images:
+def load_source(config: Data) -> Source:
     """Open the source that a recipe names.
 
     Raises
@@ -205,7 +343,7 @@ def load_source(config: Data) -> Images:
     """
     kind, _, place = config.source.partition(":")
     if kind == "digits":
-        source: Images = _digits()
+        source: Source = _digits()
     elif kind == "photo-crops":
         source = _photo_crops(config.resolution or 32)
     elif kind == "idx":
@@ -216,11 +354,16 @@ def load_source(config: Data) -> Images:
         height, width = source.shape[1:]
         msg = f"data.resolution: got {config.resolution}, but the images of {config.source} are {height} x {width}"
         raise RecipeError(msg)
-    if config.subset_fraction < 1:
-        generator = torch.Generator().manual_seed(config.subset_seed)
-        count = max(1, round(config.subset_fraction * len(source)))
-        source = Subset(source, torch.randperm(len(source), generator=generator)[:count].sort().values)
+    if isinstance(source, Images) and config.subset_fraction < 1:
+        source = Subset(source, subset(config, len(source)))
     return source
+
+
+def subset(config: Data, rows: int) -> Tensor:
+    """Return the numbers of the rows that a recipe uses of ``rows``, ascending."""
+    generator = torch.Generator().manual_seed(config.subset_seed)
+    count = max(1, round(config.subset_fraction * rows))
+    return torch.randperm(rows, generator=generator)[:count].sort().values
 
 
 def _digits() -> ArrayImages:
@@ -272,21 +415,37 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
-def _hub(config: Data, kind: str, place: str) -> FileImages:
+def _hub(config: Data, kind: str, place: str) -> Source:
     import datasets
 
     if kind in HUB:
         place, side, crop = HUB[kind]
         config = dataclasses.replace(config, resolution=config.resolution or side, crop=config.crop or crop)
     try:
-        if kind == "folder":
-            table = datasets.load_dataset("imagefolder", data_dir=os.fspath(Path(place)), split="train")
-        else:
-            table = datasets.load_dataset(place, split=config.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        table = _open(config, kind, place)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         msg = f"data.source: cannot open {config.source}: {error}"
         raise DataError(msg) from error
+    if config.streaming:
+        from .streaming import StreamedImages
+
+        return StreamedImages(table, config, local=kind == "folder" or Path(place).is_dir())
     return FileImages(table, config)
+
+
+def _open(config: Data, kind: str, place: str) -> Any:
+    """Open a ``datasets.Dataset``, or an ``IterableDataset`` if it is streamed."""
+    import datasets
+
+    if kind == "folder":
+        folder = os.fspath(Path(place))
+        return datasets.load_dataset("imagefolder", data_dir=folder, split="train", streaming=config.streaming)
+    saved = Path(place)
+    if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():  # by save_to_disk
+        table = datasets.load_from_disk(place)
+        table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
+        return table.to_iterable_dataset() if config.streaming else table
+    return datasets.load_dataset(place, split=config.split, streaming=config.streaming)
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -19,22 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 
 from couplings import Coupling
 
 from . import checkpoint, pictures
 from .config import Optimizer, Recipe, RecipeError
-from .data import Batch, Images, load_source, to_signed
+from .data import Batch, Piece, Source, load_source, to_signed
 from .models import build_model
 from .objective import Objective
 from .objectives import build_objective
-from .randomness import Draws, address, epoch_order
+from .randomness import Draws, address
 
 log = logging.getLogger(__name__)
 
@@ -58,36 +59,24 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     RecipeError
         If the recipe does not fit its data or the number of processes.
     TrainingError
-        For a loss that is not finite, or an output folder that holds another run.
+        For a loss that is not finite, a file that cannot be written, or an output folder that holds another run.
     CheckpointError
         If a checkpoint cannot be written.
     """
-    run = Run(recipe)
-    run.start()
-    with _termination() as terminated, _bar(recipe, run.step, progress and run.accelerator.is_main_process) as bar:
-        finished = run.advance(bar, terminated)
-    if finished:
-        run.finish()
+    try:
+        with _termination() as terminated:
+            run = Run(recipe)
+            run.start()
+            with _bar(recipe, run.step, progress and run.accelerator.is_main_process) as bar:
+                finished = run.advance(bar, terminated)
+        if finished:
+            run.finish()
+    except OSError as error:  # a full disk, most of all
+        msg = (
+            f"cannot read or write {error.filename or recipe.output}: {error.strerror or error}; checkpoints are intact"
+        )
+        raise TrainingError(msg) from error
     return recipe.output
-
-
-class StepSampler(Sampler[list[int]]):
-    """Yields the data rows of each block this process works on, from a given step onward."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __iter__(self) -> Iterator[list[int]]:
-        run, train = self.run, self.run.recipe.train
-        per_epoch = len(run.source) // train.global_batch_size
-        size, epoch, order = train.batch_size_per_device, -1, torch.empty(0)
-        for step in range(run.step, train.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = epoch_order(train.seed, epoch, len(run.source))
-            first = step % per_epoch * train.global_batch_size
-            for block in run.blocks:
-                yield order[first + block * size : first + (block + 1) * size].tolist()
 
 
 @dataclass
@@ -117,6 +106,9 @@ class Run:
         self.candidates = self.coupling.options.get("k") or 4 if self.coupling.method == "nearest" else 1
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         self.total_blocks, accumulation = divide(recipe, processes)
+        if train.tracker and train.tracker not in map(str, get_available_trackers()):  # accelerate only warns
+            msg = f"train.tracker: got {train.tracker!r}, which is not installed: pip install {train.tracker}, or null"
+            raise RecipeError(msg)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=train.mixed_precision,
@@ -139,10 +131,13 @@ class Run:
         first = self.accelerator.process_index * accumulation
         self.blocks = range(first, first + accumulation)
 
-        self.source: Images = load_source(recipe.data)
+        self.source: Source = load_source(recipe.data)
         if len(self.source) < train.global_batch_size:
             rows = f"{recipe.data.source} has {len(self.source)} rows"
             msg = f"train.global_batch_size: got {train.global_batch_size}, but {rows}"
+            raise RecipeError(msg)
+        if recipe.coupling.condition == "class" and len(self.source.classes) < 2:
+            msg = f"coupling.condition: got 'class', but {recipe.data.source} has no labels: expected null"
             raise RecipeError(msg)
         torch.manual_seed(address(train.seed, 0, 0, 1, "network"))
         self.objective: Objective = build_objective(recipe, self.source)
@@ -162,7 +157,9 @@ class Run:
         )
         self.bare_model = model
         if train.compile:
-            model.compile()
+            # In place: a wrapper would change the names of the weights.
+            for network in (model, *self.objective.networks().values()):
+                network.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.ema.to(self.device)
         self.objective.to(self.device)
@@ -197,7 +194,11 @@ class Run:
         if self.recipe.train.tracker:
             # TensorBoard takes the name as a folder of the output, others as a project.
             name = "tensorboard" if self.recipe.train.tracker == "tensorboard" else "couplings"
-            self.accelerator.init_trackers(name)
+            options = {
+                "tensorboard": {"purge_step": self.step + 1},  # what an interrupted run logged beyond its checkpoint
+                "wandb": {"name": self.recipe.output.name, "dir": str(output), "config": self.recipe.sections()},
+            }
+            self.accelerator.init_trackers(name, init_kwargs=options)
 
     def _warm_up(self) -> None:
         """Couple made-up data once: compiling kernels in the first step would be counted as its time."""
@@ -209,11 +210,14 @@ class Run:
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue with other settings than the run began with."""
-        free = {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"}
+        free = {
+            "data": {"workers"},
+            "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"},
+        }
         now, before = self.recipe.sections(), yaml.safe_load((found.folder / "recipe.yaml").read_text())
         for section in ("objective", "data", "model", "optimizer", "coupling", "train"):
             for name, value in before[section].items():
-                if section == "train" and name in free:
+                if name in free.get(section, ()):
                     continue
                 if now[section].get(name) != value:
                     msg = (
@@ -268,6 +272,9 @@ class Run:
     def _check_finite(self) -> None:
         # Over all processes, so that they end together.
         step = self.accelerator.gather(self.first_bad_step[None]).min().item()
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < 1:
+            step = self.step
         if math.isinf(step) and not all(p.isfinite().all() for p in self.bare_model.parameters()):
             step = self.step
         if math.isfinite(step):
@@ -278,16 +285,20 @@ class Run:
 
     # Steps
 
+    def pieces(self) -> Iterator[Piece]:
+        """Yield where in its epoch the data of each block lies that this process works on, from this step onward."""
+        train = self.recipe.train
+        per_epoch = len(self.source) // train.global_batch_size
+        for step in range(self.step, train.steps):
+            epoch, place = divmod(step, per_epoch)
+            for block in self.blocks:
+                first = place * train.global_batch_size + block * train.batch_size_per_device
+                yield Piece(epoch, first, first + train.batch_size_per_device)
+
     def batches(self) -> Iterator[Batch]:
         """Yield the data of each block of this process, in order."""
-        loader = DataLoader(
-            self.source,
-            sampler=StepSampler(self),
-            batch_size=None,
-            num_workers=self.recipe.data.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        return iter(loader)
+        pinned = self.device.type == "cuda"
+        return self.source.blocks(self.pieces(), self.recipe.train.seed, self.recipe.data.workers, pinned)
 
     def load(self, batch: Batch, block: int) -> Block:
         """Turn a batch into data as the noise is mixed into it, with that noise, still unpaired."""
@@ -318,6 +329,8 @@ class Run:
             condition = torch.cat([block.context["labels"] for block in blocks])
         generator = blocks[0].draws.generator("coupling", torch.device("cpu"))
         coupled = self.coupling(data, noise, condition=condition, generator=generator)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         milliseconds = 1000 * (time.perf_counter() - start)
         paired = coupled.noise.split([len(block.data) for block in blocks])
         blocks = [Block(b.data, noise, b.draws, b.context) for b, noise in zip(blocks, paired, strict=True)]
@@ -363,9 +376,11 @@ class Run:
         while self.step < train.steps:
             loss, reduction, milliseconds = self.train_step(batches)
             window.append(milliseconds)
-            # Kept on the device: looking at every loss would stall a GPU.
-            bad = torch.where(loss.isfinite(), torch.inf, float(self.step))
-            self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+            # With fp16 a step may overflow: it is skipped and the scale halved, until nothing is left to halve.
+            if self.accelerator.scaler is None:
+                # Kept on the device: looking at every loss would stall a GPU.
+                bad = torch.where(loss.isfinite(), torch.inf, float(self.step))
+                self.first_bad_step = torch.minimum(self.first_bad_step, bad)
             record = None
             if self.step % train.log_every == 0 or self.step == train.steps:
                 self._check_finite()
@@ -397,8 +412,10 @@ class Run:
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
+            # JSON has no word for the loss of a step that fp16 skipped.
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with (self.recipe.output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite) + "\n")
         if self.recipe.train.tracker:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
@@ -425,7 +442,11 @@ class Run:
         with self.averaged() as model, torch.no_grad():
             samples = self.objective.sample(model, noise, max(self.recipe.evaluate.steps), generator)
         path.parent.mkdir(exist_ok=True)
-        pictures.grid(samples).save(path)
+        grid = pictures.grid(samples)
+        grid.save(path)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **layout)
 
     def finish(self) -> None:
         """Draw the last samples and export the pipeline."""
@@ -544,7 +565,8 @@ def _bar(recipe: Recipe, step: int, visible: bool) -> Iterator[Callable[..., Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not visible) as bar:
         task = bar.add_task(recipe.name, total=recipe.train.steps, completed=step, status="")
 
         def report(step: int, record: dict[str, float] | None) -> None:
@@ -557,5 +579,7 @@ def _bar(recipe: Recipe, step: int, visible: bool) -> Iterator[Callable[..., Non
                 f"coupling {record['coupling_ms']:.1f} ms, {100 * share:.0f}% of the step"
             )
             bar.update(task, completed=step, status=status)
+            if visible and not console.is_terminal:  # the log of a batch job
+                console.print(f"step {step} of {recipe.train.steps}  {status}", soft_wrap=True, highlight=False)
 
         yield report

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from .config import Recipe
 from .consistency import ConsistencyObjective
-from .data import Images
+from .data import Source
 from .ddim import DdimObjective
 from .flow_matching import FlowMatchingObjective
 from .objective import Objective
 
 
-def build_objective(recipe: Recipe, source: Images) -> Objective:
+def build_objective(recipe: Recipe, source: Source) -> Objective:
     """Build the objective that a recipe names, for the images of ``source``.
 
     Raises

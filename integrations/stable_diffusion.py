@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .config import RecipeError, StableDiffusion
-from .data import Images
+from .data import Source
 from .ddim import DiffusionObjective
 from .models import align
 from .objective import Generators, Mixed
@@ -41,17 +42,20 @@ class StableDiffusionObjective(DiffusionObjective):
     ----------
     config : StableDiffusion
         The recipe's section.
-    source : Images
+    source : Source
         Its images are encoded, the names of its classes are the captions.
     """
 
     pipeline_name = "StableDiffusionPipeline"
     config: StableDiffusion
 
-    def __init__(self, config: StableDiffusion, source: Images) -> None:
+    def __init__(self, config: StableDiffusion, source: Source) -> None:
         self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type=config.prediction)
         vae, text_encoder, tokenizer = load_frozen(config)
         channels, height, width = source.shape
+        if config.caption == "class" and source.classes == [""]:
+            msg = "objective.caption: got 'class', but the data has no names of classes: expected empty"
+            raise RecipeError(msg)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if height % factor or width % factor or channels not in (1, 3):
             msg = (
@@ -201,7 +205,10 @@ def write_tiny(folder: Path) -> None:
             eos_token_id=len(words) - 1,
             pad_token_id=len(words) - 1,
         )
-        CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+        weights = CLIPTextModel(text).state_dict()
+    text.save_pretrained(folder / "text_encoder")
+    # save_pretrained would write on the first process only, and here every process needs its own.
+    save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     vae.save_pretrained(folder / "vae")
     vocabulary = {word: number for number, word in enumerate(words)}
     CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")

@@ -30,7 +30,7 @@ def test_latents_are_coupled_after_scaling_and_the_offset_is_added_after_the_cou
     recipe = make("stable-diffusion-digits", "--objective.noise_offset", "0.5", "--objective.prediction", "epsilon")
     run = loop.Run(recipe)
     [(block, _, _), _] = run.paired_blocks(run.batches())
-    images = run.source[next(iter(loop.StepSampler(run)))]
+    images = next(run.batches())
     pixels = images.images.float() / 127.5 - 1
     posterior = run.objective.vae.encode(pixels.expand(-1, 3, -1, -1)).latent_dist
     scaled = posterior.sample(block.draws.generator("encode")) * run.objective.vae.config.scaling_factor
