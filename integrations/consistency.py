@@ -29,7 +29,7 @@ def intervals(config: Consistency, step: int) -> int:
     """
     k, total = min(step, config.total_steps), config.total_steps
     if config.variant == "ict":
-        stage = total // (math.floor(math.log2(config.s1 / config.s0)) + 1)
+        stage = math.floor(total / (math.log2(config.s1 // config.s0) + 1))
         return min(config.s0 * 2 ** (k // max(1, stage)), config.s1)
     s0, s1 = config.s0, config.s1
     return max(1, math.ceil(math.sqrt(k / total * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1))

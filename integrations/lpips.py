@@ -35,7 +35,7 @@ class Lpips(nn.Module):
     linear : sequence of Tensor
         The five learned channel weights, each ``(1, c, 1, 1)``.
     side : int
-        Images are scaled to this side in pixels.
+        Images of less than 256 pixels are scaled to this side in pixels.
     """
 
     def __init__(self, vgg: dict[str, Tensor], linear: list[Tensor], side: int = 224) -> None:
@@ -79,12 +79,14 @@ class Lpips(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the activations of the five stages, each of unit length over its channels."""
         x = images.float().expand(-1, 3, -1, -1)
-        x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        if x.shape[-1] < 256:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
         x = (x - self.shift) / self.scale
         found = []
         for i, stage in enumerate(self.stages):
             x = stage(F.avg_pool2d(x, 2) if i else x)
-            found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            activations = x.float()  # squares overflow in half precision
+            found.append(activations / (activations.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from integrations import config
+from integrations.consistency import ConsistencyObjective
 from integrations.models import align, build_model
+from integrations.randomness import Draws
 
 # Counts computed with the networks' published code or configurations.
 FULL_SIZE = [
@@ -70,3 +72,16 @@ def test_class_conditional_networks_listen_to_the_class(section):
     assert not torch.allclose(first[1], second[1])
     with pytest.raises(ValueError, match="class_labels"):
         model(x, 10.0)
+
+
+@pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
+def test_every_weight_gets_a_gradient_in_bfloat16_although_the_target_is_computed_first(section):
+    model = build_model(section, SimpleNamespace(shape=(3, 8, 8)))
+    objective = ConsistencyObjective(config.Consistency(variant="ict", s0=10, s1=20), (3, 8, 8))
+    objective.attach(model)
+    data, noise = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):  # remembers the rounded weights, also those of a pass without gradient
+        loss = objective.loss(model, data, noise, Draws(0, 0, 0, 1, torch.device("cpu")))
+    assert loss.dtype == torch.float32
+    loss.mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
