@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .config import RecipeError
-from .sample import overrides, parser
+from .sample import overrides, parse, parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,13 +19,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.add_argument(
         "--features",
+        metavar="NAME",
         help="classifier (trained on the recipe's data and kept in the run's folder), the path of such a "
-        "classifier.safetensors, or inception (default: the recipe's)",
+        "classifier.safetensors, or inception (default: the recipe's evaluate.features)",
     )
     options.add_argument(
         "--output", type=Path, help="JSONL file to append to (default: evaluation.jsonl in the run's folder)"
     )
-    arguments, further = options.parse_known_args(argv)
+    arguments, further = parse(options, argv)
     if arguments.features is not None:
         further += ["--evaluate.features", arguments.features]
 
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     except (RecipeError, DataError, CheckpointError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    scores = measure.Scores(network, trained.source, trained.device, kid=True)
+    workers = trained.recipe.data.workers
+    scores = measure.Scores(network, trained.source, trained.device, kid=True, workers=workers)
     output = arguments.output or trained.recipe.output / "evaluation.jsonl"
     table = Table(title=f"{trained.recipe.name}, training step {trained.step}, {section.samples} samples")
     for column in ("sampling steps", "fid", "kid"):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data import Images, to_signed, to_uint8
+from .data import Images, Source, to_signed, to_uint8
 
 
 class Classifier(nn.Module):
@@ -87,7 +87,13 @@ class Inception(nn.Module):
         except ImportError as error:
             msg = f"features: inception needs torch-fidelity: pip install 'couplings[fid]' ({error})"
             raise ImportError(msg) from error
-        self.extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).requires_grad_(False)
+        try:
+            extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        except OSError as error:
+            place = f"{torch.hub.get_dir()}/checkpoints"
+            msg = f"features: inception has no weights in {place}, and they cannot be downloaded ({error})"
+            raise ImportError(msg) from error
+        self.extractor = extractor.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(n, 2048)`` float64 features of ``(n, 1 or 3, h, w)`` images in [-1, 1]."""
@@ -96,14 +102,14 @@ class Inception(nn.Module):
 
 
 def train_classifier(
-    source: Images, *, seed: int = 0, steps: int = 300, batch_size: int = 128
+    source: Source, *, seed: int = 0, steps: int = 300, batch_size: int = 128
 ) -> tuple[Classifier, float]:
     """Train on four fifths of ``source``; return the network and its accuracy on the rest.
 
     Parameters
     ----------
-    source : Images
-        Labelled images.
+    source : Source
+        Labelled images, not streamed.
     seed : int
         Decides weights, split and order.
     steps : int
@@ -114,8 +120,11 @@ def train_classifier(
     Raises
     ------
     ValueError
-        If the source has no labels.
+        If the source has no labels, or is a stream.
     """
+    if not isinstance(source, Images):
+        msg = "features: classifier needs rows at random: set --data.streaming false, or give the path of a trained one"
+        raise ValueError(msg)
     if len(source.classes) < 2:
         msg = "features: classifier needs labelled data with at least two classes; give the path of a trained one"
         raise ValueError(msg)

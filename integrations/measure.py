@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from . import checkpoint, config
 from .config import Recipe
-from .data import Images, load_source, to_signed, to_uint8
+from .data import Source, load_source, to_signed, to_uint8
 from .features import Classifier, Inception, train_classifier
 from .models import build_model
 from .objective import Objective
 from .objectives import build_objective
 from .randomness import address
+
+KID_IMAGES = 10_000
+"""Features are kept for the kernel distance, unlike for the Frechet distance: of so many images at most."""
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Trained:
 
     recipe: Recipe
     step: int
-    source: Images
+    source: Source
     objective: Objective
     model: nn.Module
     device: torch.device
@@ -80,7 +84,7 @@ def draw(trained: Trained, count: int, steps: int) -> Iterator[Tensor]:
             yield trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, first)
 
 
-def feature_network(name: str, source: Images, folder: Path) -> nn.Module:
+def feature_network(name: str, source: Source, folder: Path) -> nn.Module:
     """Open the feature network that a recipe names; ``folder`` keeps a classifier that is trained here.
 
     Raises
@@ -97,10 +101,19 @@ def feature_network(name: str, source: Images, folder: Path) -> nn.Module:
         network, accuracy = train_classifier(source)
         folder.mkdir(parents=True, exist_ok=True)
         network.save(path, accuracy)
-    if not path.is_file():
-        msg = f"evaluate.features: got {name!r}, expected classifier, inception or the path of a classifier.safetensors"
+    try:
+        network = Classifier.load(path)
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        expected = "expected classifier, inception or the path of a classifier.safetensors"
+        msg = f"evaluate.features: got {name!r}, {expected} ({type(error).__name__}: {error})"
+        raise ValueError(msg) from None
+    if network.body[0].in_channels != source.shape[0]:
+        msg = (
+            f"evaluate.features: {path} takes images of {network.body[0].in_channels} channels, "
+            f"the data has {source.shape[0]}"
+        )
         raise ValueError(msg)
-    return Classifier.load(path)
+    return network
 
 
 class _Features(nn.Identity):
@@ -118,15 +131,19 @@ class Scores:
     ----------
     network : Module
         Maps images in [-1, 1] to ``(n, num_features)`` float64 features.
-    source : Images
+    source : Source
         The reference: all of its images.
     device : torch.device
         Where features are computed.
     kid : bool
-        Measure the kernel distance too.
+        Measure the kernel distance too, on at most 10,000 images of either side.
+    workers : int
+        Processes that load the reference.
     """
 
-    def __init__(self, network: nn.Module, source: Images, device: torch.device, *, kid: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, source: Source, device: torch.device, *, kid: bool = False, workers: int = 0
+    ) -> None:
         self.network, self.device = network.to(device).eval(), device
         stand_in = _Features(network.num_features)
         self.fid = FrechetInceptionDistance(feature=stand_in, reset_real_features=False).to(device)
@@ -137,15 +154,17 @@ class Scores:
                 warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
                 self.kid = KernelInceptionDistance(feature=stand_in, subset_size=size, reset_real_features=False)
             self.kid.to(device)
-        for rows in torch.arange(len(source)).split(500):
-            self._update(source[rows.tolist()].images, real=True)
+        # Spread over the whole source, which may be sorted by class.
+        stride = -(-len(source) // KID_IMAGES)
+        for batch in source.scan(500, workers):
+            self._update(batch.images, real=True, kept=slice(None, None, stride))
 
-    def _update(self, pixels: Tensor, real: bool) -> None:
+    def _update(self, pixels: Tensor, real: bool, kept: slice) -> None:
         with torch.no_grad():
             features = self.network(to_signed(pixels.to(self.device)))
-        for metric in (self.fid, self.kid):
-            if metric is not None:
-                metric.update(features, real=real)
+        self.fid.update(features, real=real)
+        if self.kid is not None and len(features[kept]):
+            self.kid.update(features[kept], real=real)
 
     def __call__(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """Return ``fid`` and, if asked for, ``kid`` and ``kid_std`` of all images in ``batches``.
@@ -161,7 +180,7 @@ class Scores:
                 msg = "a sample is not finite"
                 raise FloatingPointError(msg)
             # Rounded to 8 bits, as the reference images are.
-            self._update(to_uint8(images), real=False)
+            self._update(to_uint8(images), real=False, kept=slice(max(0, KID_IMAGES - count)))
             count += len(images)
         scores = {"fid": self.fid.compute().item()}
         self.fid.reset()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
+from . import config
 from .config import RecipeError
+
+GRID = 64
+"""Images in a grid."""
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -14,18 +19,47 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog=f"python -m integrations.{program}",
         description=description,
-        epilog="Any field of the recipe can be overridden too: --objective.eta 1, --evaluate.batch_size 100, ...",
+        epilog="Any field of the checkpoint's recipe can be overridden too: CHECKPOINT --help lists them.\n\n"
+        + config.describe("evaluate", config.Evaluate),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    options.add_argument("-h", "--help", action="store_true", help="show this, and the fields of CHECKPOINT's recipe")
     options.add_argument(
         "checkpoint",
         type=Path,
         help="a run's folder (its newest checkpoint is taken) or one of its checkpoints/step-<N>",
     )
-    options.add_argument("--steps", type=int, nargs="+", help="numbers of sampling steps (default: the recipe's)")
-    options.add_argument("--samples", type=int, help="images for each number of steps (default: the recipe's)")
-    options.add_argument("--seed", type=int, help="seed of the noise (default: the recipe's)")
+    options.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="numbers of sampling steps, each evaluated in turn (default: the recipe's evaluate.steps)",
+    )
+    options.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="images for each number of steps (default: the recipe's evaluate.samples)",
+    )
+    options.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the noise (default: the recipe's evaluate.seed)"
+    )
     return options
+
+
+def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options and further overrides of the recipe; ``--help`` shows both and ends the program."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        options.print_help()
+        folders = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
+        for recipe in (folder / "recipe.yaml" for folder in folders):
+            if recipe.is_file():
+                config.load_or_exit([str(recipe), "--help"], options.prog)
+        raise SystemExit(0)
+    return options.parse_known_args(argv)
 
 
 def overrides(arguments: argparse.Namespace, further: list[str]) -> list[str]:
@@ -52,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument(
         "--output", type=Path, help="folder of the results (default: samples/step-<N> in the run's folder)"
     )
-    arguments, further = options.parse_known_args(argv)
+    arguments, further = parse(options, argv)
 
     import numpy as np
     import torch
@@ -75,17 +109,22 @@ def main(argv: list[str] | None = None) -> None:
     for steps in section.steps:
         batches = measure.draw(trained, section.samples, steps)
         count = -(-section.samples // section.batch_size)
-        console = Console(stderr=True)
-        images = torch.cat(list(track(batches, f"{steps} steps", total=count, console=console)))
-        pictures.grid(images[:64]).save(output / f"steps-{steps}.png")
-        pixels = np.ascontiguousarray(to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy())
-        if arguments.images == "npz":
-            np.savez_compressed(output / f"steps-{steps}.npz", pixels)
-        elif arguments.images == "folder":
-            folder = output / f"steps-{steps}"
-            folder.mkdir(exist_ok=True)
-            for number, image in enumerate(pixels):
-                Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(folder / f"{number:05}.png")
+        folder = output / f"steps-{steps}"
+        first, kept, number = [], [], itertools.count()
+        for images in track(batches, f"{steps} steps", total=count, console=Console(stderr=True)):
+            if sum(map(len, first)) < GRID:
+                first.append(images)
+            pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
+            if arguments.images == "npz":
+                kept.append(pixels)
+            elif arguments.images == "folder":
+                folder.mkdir(exist_ok=True)
+                for image in pixels:
+                    array = image[..., 0] if image.shape[2] == 1 else image
+                    Image.fromarray(array).save(folder / f"{next(number):05}.png")
+        pictures.grid(torch.cat(first)[:GRID]).save(output / f"steps-{steps}.png")
+        if kept:
+            np.savez_compressed(output / f"steps-{steps}.npz", np.concatenate(kept))
     print(output)
 
 

@@ -24,6 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + ", ".join(config.bundled()))
+        if argv:
+            print("\nEvery field, by section; which objective and model a recipe names decides which of those it has.")
+            for section, kinds in config.KINDS.items():
+                for kind in kinds:
+                    print("\n" + config.describe(section, kind))
         raise SystemExit(0 if argv else 2)
     recipe = config.load_or_exit(argv, PROG)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -15,6 +16,10 @@ from integrations import config
         (["ddim-digits", "--objective.prediction", "x0"], "(?s)objective.prediction.*epsilon.*x0"),
         (["ddim-digits", "--train.batch_size_per_device", "100"], "got 128, expected a multiple of .* = 100"),
         (["ddim-digits", "--optimizer.lr", "-1"], "optimizer.lr: got -1.0, expected a positive number"),
+        (
+            ["stable-diffusion-digits", "--objective.sampler", "pndm", "--objective.prediction", "sample"],
+            "objective.sampler: got 'pndm', expected ddim for objective.prediction = sample",
+        ),
         (["ddim-digits", "--evaluate.steps", "[0]"], r"evaluate.steps: got \[0\]"),
     ],
 )
@@ -70,3 +75,25 @@ def test_help_shows_every_field_with_its_meaning_and_default(capsys):
             for field in values:
                 assert f"--{section}.{field}" in text
     assert "Optimizer steps of linear warm-up from 0. (type: int, default: 0)" in text
+
+
+def test_help_of_every_program_shows_every_field_with_its_default_before_torch_loads():
+    code = (
+        "import sys; from integrations import evaluate, sample, train\n"
+        "for program in (train, sample, evaluate):\n"
+        "    try: program.main(['--help'])\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    print('===')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    training, sampling, evaluating, _ = (" ".join(text.split()) for text in found.split("==="))
+    for section, kinds in config.KINDS.items():
+        for kind in kinds:
+            for entry in dataclasses.fields(kind):
+                assert f"--{section}.{entry.name} " in training
+    assert "Optimizer steps of linear warm-up from 0. (type: int, default: 0)" in training
+    for text in (sampling, evaluating):
+        assert "--evaluate.batch_size Images drawn at once. (type: int, default: 500)" in text
+    assert "--images" in sampling
+    assert "--features" in evaluating
