@@ -23,8 +23,12 @@ from couplings._names import unknown
 from couplings.assigners.registry import MethodInfo, find, methods
 from couplings.coupling import Coupled, Coupling
 from couplings.environment import missing_packages
+from couplings.phases import recorded
 
-__all__ = ["CANDIDATES", "Batch", "Cell", "compare", "grid", "obstacle"]
+__all__ = [
+    *("CANDIDATES", "Batch", "Cell", "Optimum", "Timing"),
+    *("attempt", "clock", "compare", "grid", "obstacle", "solved", "with_gap"),
+]
 
 # Candidates per row for methods such as `nearest`, where the noise is ours to draw.
 CANDIDATES = 4
@@ -50,6 +54,8 @@ class Batch:
         Methods that choose among candidates get all of it, the others its first n rows.
     name : str
         What the data is, for people.
+    condition : (n,) integer or (n, c) floating Tensor, optional
+        What every coupling is conditioned on.
 
     Raises
     ------
@@ -60,6 +66,7 @@ class Batch:
     data: Tensor
     noise: Tensor
     name: str
+    condition: Tensor | None = None
 
     def __post_init__(self) -> None:
         inputs.check_pair(self.data, self.noise)
@@ -112,6 +119,8 @@ class Cell:
         Share of rows with the same noise as in the optimum. Ties make it less than 1 without a loss.
     seconds, seconds_iqr : float or None
         Median time of a call, and the range of the middle half of the runs.
+    phases : dict or None
+        Median seconds by phase: see `couplings.phases`.
     repeats : int
         Runs that were timed.
     notes : tuple of str
@@ -138,6 +147,7 @@ class Cell:
     agreement: float | None = None
     seconds: float | None = None
     seconds_iqr: float | None = None
+    phases: Mapping[str, float] | None = None
     repeats: int = 0
     notes: tuple[str, ...] = ()
     skipped: str | None = None
@@ -268,23 +278,43 @@ def compare(
     cells, indices = [], []
     for coupling in couplings:
         on_start(coupling)
-        cell, index = _run(batch, coupling, seed, repeats)
+        cell, coupled = attempt(batch, coupling, seed)
+        if coupled is not None:
+            timing, error = clock(batch, coupling, seed, repeats)
+            cell = replace(cell, error=error) if timing is None else replace(cell, **vars(timing))
         cells.append(cell)
-        indices.append(index)
+        indices.append(None if coupled is None or cell.error else coupled.index)
     optima = {}
     for metric in dict.fromkeys(str(coupling.metric) for coupling in couplings):
         optima[metric] = _optimum(batch, metric, cells, indices)
-    return [_with_gap(cell, index, optima[cell.metric]) for cell, index in zip(cells, indices, strict=True)]
+    return [with_gap(cell, index, optima[cell.metric]) for cell, index in zip(cells, indices, strict=True)]
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _run(batch: Batch, coupling: Coupling, seed: int, repeats: int) -> tuple[Cell, Tensor | None]:
+def _noise(batch: Batch, info: MethodInfo) -> Tensor:
+    return batch.noise if _takes_candidates(info) else batch.noise[: len(batch.data)]
+
+
+def attempt(batch: Batch, coupling: Coupling, seed: int) -> tuple[Cell, Coupled | None]:
+    """Couple once, and measure the pairs.
+
+    Parameters
+    ----------
+    batch : Batch
+    coupling : Coupling
+    seed : int
+        Of the generator.
+
+    Returns
+    -------
+    Cell, Coupled or None
+        The cell without times and without a gap; no result where the method was skipped or failed.
+    """
     info = find(coupling.method).info
-    data = batch.data
-    noise = batch.noise if _takes_candidates(info) else batch.noise[: len(data)]
+    data, noise = batch.data, _noise(batch, info)
     cell = Cell(
         method=info.name,
         metric=str(coupling.metric),
@@ -300,32 +330,75 @@ def _run(batch: Batch, coupling: Coupling, seed: int, repeats: int) -> tuple[Cel
         return replace(cell, skipped=reason), None
     with _collected_warnings() as notes:
         try:
-            coupled = coupling(data, noise, generator=_generator(seed))
-            times = _times(lambda: coupling(data, noise, generator=_generator(seed)), repeats)
+            coupled = coupling(data, noise, condition=batch.condition, generator=_generator(seed))
         except Exception as error:
             # Whatever a method raises, a third party's too, belongs in its cell: the others' results stand.
-            return replace(cell, error=f"{type(error).__name__}: {error}", notes=tuple(dict.fromkeys(notes))), None
-    low, high = np.percentile(times, [25, 75])
-    measured = replace(
-        _measured(cell, data, noise, coupled),
-        seconds=median(times),
-        seconds_iqr=float(high - low),
-        repeats=len(times),
-        notes=tuple(dict.fromkeys(notes)),
-    )
-    return measured, coupled.index
+            return replace(cell, error=_said(error), notes=tuple(dict.fromkeys(notes))), None
+    return replace(measured(cell, data, noise, coupled), notes=tuple(dict.fromkeys(notes))), coupled
 
 
-def _times(call: Callable[[], Coupled], repeats: int) -> list[float]:
-    """Seconds of each call, on a clock that waits for the device."""
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long the calls of one coupling took.
+
+    Attributes
+    ----------
+    seconds, seconds_iqr : float
+        Median, and the range of the middle half.
+    repeats : int
+    phases : dict
+        Median seconds by phase.
+    """
+
+    seconds: float
+    seconds_iqr: float
+    repeats: int
+    phases: Mapping[str, float]
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], phases: Sequence[Mapping[str, float]]) -> Timing:
+        """Summarise the runs."""
+        low, high = np.percentile(seconds, [25, 75])
+        by_name = {name: median(run[name] for run in phases) for name in (phases[0] if phases else ())}
+        return cls(median(seconds), float(high - low), len(seconds), by_name)
+
+
+def clock(batch: Batch, coupling: Coupling, seed: int, repeats: int) -> tuple[Timing | None, str | None]:
+    """Time a coupling, on a clock that waits for the device.
+
+    Parameters
+    ----------
+    batch : Batch
+    coupling : Coupling
+        Called before: the first call of a method compiles or imports.
+    seed : int
+    repeats : int
+        Calls, fewer where they take longer than ten seconds in all.
+
+    Returns
+    -------
+    Timing or None, str or None
+        The times, or what was raised.
+    """
     from torch.utils.benchmark import timer
 
+    noise = _noise(batch, find(coupling.method).info)
     times: list[float] = []
-    while not times or (len(times) < repeats and sum(times) < _TIME_PER_CELL):
-        start = timer()
-        call()
-        times.append(timer() - start)
-    return times
+    phases: list[Mapping[str, float]] = []
+    with _collected_warnings():
+        try:
+            while not times or (len(times) < repeats and sum(times) < _TIME_PER_CELL):
+                with recorded(timer) as seconds:
+                    coupling(batch.data, noise, condition=batch.condition, generator=_generator(seed))
+                times.append(sum(seconds.values()))
+                phases.append(seconds)
+        except Exception as error:  # as in `attempt`
+            return None, _said(error)
+    return Timing.of(times, phases), None
 
 
 @contextmanager
@@ -347,8 +420,21 @@ def _collected_warnings() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def _measured(cell: Cell, data: Tensor, noise: Tensor, coupled: Coupled) -> Cell:
-    """Measure the pairs on the tensors themselves, not on what the coupling says of them."""
+def measured(cell: Cell, data: Tensor, noise: Tensor, coupled: Coupled) -> Cell:
+    """Measure the pairs on the tensors themselves, not on what the coupling says of them.
+
+    Parameters
+    ----------
+    cell : Cell
+    data : (n, *shape) Tensor
+    noise : (m, *shape) Tensor
+        As it was offered.
+    coupled : Coupled
+
+    Returns
+    -------
+    Cell
+    """
     from couplings.diagnostics import distance_reduction, marginal_drift
 
     distance = distance_reduction(data, noise[: len(data)], coupled.noise, metric=cell.metric)
@@ -371,26 +457,35 @@ def _measured(cell: Cell, data: Tensor, noise: Tensor, coupled: Coupled) -> Cell
     )
 
 
-def _optimum(
-    batch: Batch, metric: str, cells: Sequence[Cell], indices: Sequence[Tensor | None]
-) -> tuple[float, Tensor] | None:
-    """Least cost over all permutations and the rows that reach it; None if nobody knows."""
+Optimum = tuple[float, Tensor]
+"""The least cost over all permutations, and the rows that reach it."""
+
+
+def solved(batch: Batch, metric: str) -> Optimum | None:
+    """Find the optimum; None if the batch is too large to solve on the side."""
     from couplings.diagnostics import distance_reduction
 
+    if len(batch.data) > _ROWS_TO_SOLVE:
+        return None
+    data, noise = batch.data, batch.noise[: len(batch.data)]
+    coupled = Coupling("auction", metric)(data, noise, condition=batch.condition)
+    return distance_reduction(data, noise, coupled.noise, metric=metric).after, coupled.index
+
+
+def _optimum(batch: Batch, metric: str, cells: Sequence[Cell], indices: Sequence[Tensor | None]) -> Optimum | None:
     found = [
         (cell.cost, index)
         for cell, index in zip(cells, indices, strict=True)
         if cell.exact and cell.metric == metric and cell.quantize is None and (cell.certified_gap or 0.0) <= _OPTIMAL
         if cell.cost is not None and index is not None
     ]
-    if not found and len(batch.data) <= _ROWS_TO_SOLVE:
-        data, noise = batch.data, batch.noise[: len(batch.data)]
-        coupled = Coupling("auction", metric)(data, noise)
-        return distance_reduction(data, noise, coupled.noise, metric=metric).after, coupled.index
-    return min(found, key=lambda pair: pair[0], default=None)
+    if not found:
+        return solved(batch, metric)
+    return min(found, key=lambda pair: pair[0])
 
 
-def _with_gap(cell: Cell, index: Tensor | None, optimum: tuple[float, Tensor] | None) -> Cell:
+def with_gap(cell: Cell, index: Tensor | None, optimum: Optimum | None) -> Cell:
+    """Hold a cell's cost and pairs against the optimum, where both are known and comparable."""
     if optimum is None or index is None or cell.cost is None or cell.noise_rows > cell.n:
         return cell
     least, reference = optimum

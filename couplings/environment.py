@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -71,9 +72,9 @@ def describe() -> dict[str, Any]:
     Returns
     -------
     dict
-        Plain values: ``couplings``, ``python``, ``platform``, ``packages`` (name to version), ``optional`` (name to
-        ``version``, None if absent, and the ``extras`` that bring it), ``cpu``, ``cpus``, ``threads``, ``cuda``,
-        ``devices`` and ``kernel_cache``.
+        Plain values: ``couplings``, ``commit`` (of the checkout it is run from, or None), ``python``, ``platform``,
+        ``packages`` (name to version), ``optional`` (name to ``version``, None if absent, and the ``extras`` that
+        bring it), ``cpu``, ``cpus``, ``threads``, ``cuda``, ``devices`` and ``kernel_cache``.
 
     Notes
     -----
@@ -86,6 +87,7 @@ def describe() -> dict[str, Any]:
                 brings.setdefault(package, []).append(extra)
     return {
         "couplings": couplings.__version__,
+        "commit": commit(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "packages": {package: _installed(package) for package in _REQUIRED},
@@ -100,6 +102,30 @@ def describe() -> dict[str, Any]:
         "devices": [_device(i) for i in range(torch.cuda.device_count())],
         "kernel_cache": _kernel_cache(),
     }
+
+
+def commit() -> str | None:
+    """Short hash of the checkout that the library is imported from, with "+" if its files were changed since.
+
+    Returns
+    -------
+    str or None
+        None if it is installed, or git is not.
+    """
+    folder = Path(couplings.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # A virtual environment may lie inside some other project's checkout.
+        if not git("ls-files", "--", "__init__.py"):
+            return None
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpus() -> int:

@@ -54,7 +54,9 @@ def environment_lines(described: Mapping[str, Any]) -> list[str]:
     described : mapping
         From `couplings.environment.describe`.
     """
-    rows = [(name, described[name]) for name in ("couplings", "python", "platform")]
+    version = f"{described['couplings']}, checkout at {described['commit']}" if described["commit"] else None
+    rows = [("couplings", version or described["couplings"])]
+    rows += [(name, described[name]) for name in ("python", "platform")]
     rows += described["packages"].items()
     rows += [
         ("cpu", described["cpu"]),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from couplings.assigners.randomness import private_generator
 
-__all__ = ["image_crops"]
+__all__ = ["image_crops", "labelled_crops"]
 
 
 def image_crops(n: int, size: int = 32, generator: torch.Generator | None = None) -> Tensor:
@@ -42,6 +42,27 @@ def image_crops(n: int, size: int = 32, generator: torch.Generator | None = None
     >>> image_crops(4).shape
     torch.Size([4, 3, 32, 32])
     """
+    return labelled_crops(n, size, generator)[0]
+
+
+def labelled_crops(n: int, size: int = 32, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw the same crops as `image_crops`, and say which of the four photographs each is from.
+
+    Parameters
+    ----------
+    n : int
+    size : int
+    generator : torch.Generator, optional
+
+    Returns
+    -------
+    (n, 3, size, size) float32 Tensor, (n,) int64 Tensor
+
+    Raises
+    ------
+    ValueError
+        As `image_crops` does.
+    """
     photos = _photographs()
     largest = min(min(photo.shape[:2]) for photo in photos)
     if n < 1:
@@ -56,12 +77,12 @@ def image_crops(n: int, size: int = 32, generator: torch.Generator | None = None
     places = torch.randint(int(starts[-1]), (n,), generator=generator, device=generator.device).tolist()
     mirrored = torch.randint(2, (n,), generator=generator, device=generator.device).tolist()
     crops = np.empty((n, size, size, 3), dtype=np.uint8)
-    for crop, place, mirror in zip(crops, places, mirrored, strict=True):
-        which = int(np.searchsorted(starts, place, side="right")) - 1
+    sources = np.searchsorted(starts, places, side="right") - 1
+    for crop, place, mirror, which in zip(crops, places, mirrored, sources.tolist(), strict=True):
         top, left = divmod(place - int(starts[which]), positions[which][1])
         part = photos[which][top : top + size, left : left + size]
         crop[:] = part[:, ::-1] if mirror else part
-    return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+    return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0, torch.from_numpy(sources)
 
 
 @cache
