@@ -1,4 +1,4 @@
-"""The `couplings` command: what methods there are, what this machine is, couple two files, compare couplings."""
+"""The `couplings` command: list methods, describe the machine, couple two files, compare, ablate and report."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +27,7 @@ __all__ = ["main"]
 
 _ROWS = 256  # of built-in image crops
 _PIPED_WIDTH = 140
+_SECONDS_BETWEEN_LINES = 30.0
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_env(commands)
     _add_couple(commands)
     _add_compare(commands)
+    _add_ablate(commands)
     return parser
 
 
@@ -187,6 +189,71 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON list on stdout, an object per cell, and no table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw reduction against time, such as out.png")
     parser.set_defaults(command=_compare)
+
+
+def _add_ablate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "ablate",
+        help="quality and time over a grid of methods, metrics, quantizers, batch sizes and scopes",
+        description="Couple many batches by every combination, and keep a record of each. A run that was stopped "
+        "continues: finished cells are not measured again. `couplings report` makes tables and plots of the records.",
+    )
+    parser.add_argument(
+        "grid", nargs="?", type=Path, metavar="GRID", help="YAML or JSON file with the axes, in place of their flags"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("ablation.jsonl"), metavar="FILE",
+        help="JSONL file that records are added to (default: ablation.jsonl)",
+    )  # fmt: skip
+    axes = parser.add_argument_group("axes, each with commas between its values")
+    for flag, read, text in (
+        ("--data", _names, "crops32, crops64, latents, or files of arrays (default: crops32)"),
+        ("--labels", str, "file with the classes of a file's rows"),
+        ("-n", _sizes, "rows of a batch, on each rank (default: 128,256,512,1024)"),
+        (
+            "--methods",
+            _methods_with_options,
+            "with options as in sinkhorn:reg=0.1,nearest:k=4:score=dot (default: all)",
+        ),
+        ("--metrics", _names, f"all, or some of {_known_metrics()} (default: sqeuclidean)"),
+        ("--quantizers", _names, f"all, or some of none, {_known_quantizers()} (default: none)"),
+        ("--conditions", _names, "none, class: couple within classes only (default: none)"),
+        ("--scopes", _names, "local, global: over the ranks of a gloo group on this machine (default: local)"),
+        ("--ranks", _sizes, "processes of the global scope (default: 2)"),
+        ("--seeds", _seeds, "how many seeds from 0 on, or several with commas (default: 3)"),
+    ):
+        axes.add_argument(flag, type=read, metavar="A,B" if flag not in ("--labels",) else "FILE", help=text)
+    parser.add_argument("--list", action="store_true", help="only say which cells there are")
+    parser.add_argument("--restart", action="store_true", help="drop the records that FILE holds")
+    parser.add_argument("--no-times", action="store_true", help="measure no times and no memory")
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", help="processes that measure quality (default: one per processor)"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="of what is timed (default: PyTorch's choice)")
+    parser.add_argument(
+        "--repeats", type=_positive, default=5, metavar="N", help="timed calls, fewer beyond ten seconds (default: 5)"
+    )
+    parser.add_argument(
+        "--timeout", type=_positive, default=600, metavar="S", help="seconds after which a cell failed (default: 600)"
+    )
+    parser.add_argument("--device", default="cpu", help="where the batches lie, such as cuda (default: cpu)")
+    parser.set_defaults(command=_ablate)
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",")]
+
+
+def _seeds(text: str) -> int | list[int]:
+    return [_seed(part.strip()) for part in text.split(",")] if "," in text else _positive(text)
+
+
+def _methods_with_options(text: str) -> list[Any]:
+    found: list[Any] = []
+    for each in _names(text):
+        name, *options = each.split(":")
+        found.append({name: dict(_option(option) for option in options)} if options else name)
+    return found
 
 
 def _known_metrics() -> str:
@@ -377,6 +444,98 @@ def _compare(arguments: argparse.Namespace) -> int:
         message = " ".join(str(cell.error).split())
         print(f"couplings: {cell.method}, {cell.metric}, {cell.quantize or 'none'} failed: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    import shlex
+
+    from rich.console import Console
+
+    from couplings.ablation.grid import AXES, points, read_grid
+    from couplings.ablation.running import run
+    from couplings.ablation.workers import Settings
+
+    given = {axis: getattr(arguments, axis) for axis in AXES if getattr(arguments, axis) is not None}
+    if arguments.grid is not None and given:
+        msg = f"{arguments.grid} holds the axes: leave --{next(iter(given))} away, or the file"
+        raise _RefusedError(msg)
+    cells = points([_plain(given)] if arguments.grid is None else read_grid(arguments.grid))
+    if arguments.list:
+        for cell in cells:
+            print(f"{cell.title}, seed {cell.seed}")
+        return 0
+    errors = Console(stderr=True)
+    settings = Settings(arguments.device, arguments.threads, arguments.repeats, float(arguments.timeout))
+    command = shlex.join(["couplings", *sys.argv[1:]])
+    with _progress(errors) as on_progress:
+        outcome = run(
+            cells,
+            arguments.output,
+            settings,
+            jobs=arguments.jobs or os.cpu_count() or 1,
+            times=not arguments.no_times,
+            restart=arguments.restart,
+            command=command,
+            on_progress=on_progress,
+        )
+    for note in outcome.notes:
+        print(f"couplings: {note}", file=sys.stderr)
+    for kind, reasons in (("skipped", outcome.skipped), ("failed", outcome.failed)):
+        for reason in dict.fromkeys(reasons.values()):
+            titles = [title for title, each in reasons.items() if each == reason]
+            others = f" and {len(titles) - 1} other kinds of cells" if len(titles) > 1 else ""
+            print(f"couplings: {titles[0]}{others} {kind}: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"{len(cells)} cells, {outcome.measured} measurements made, {outcome.kept} kept: {arguments.output}")
+    return 1 if outcome.failed else 0
+
+
+def _plain(axes: dict[str, Any]) -> dict[str, Any]:
+    """Axes as a file would hold them: the word ``all`` by itself, not in a list."""
+    return {axis: "all" if value == ["all"] else value for axis, value in axes.items()}
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[Any], None]]:
+    """Show how far an ablation is and how long it will take: a bar, or a line now and then where nobody watches."""
+    import time
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[cells]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[title]}", style="dim"),
+    )
+    said = time.monotonic()
+    first: tuple[float, float] | None = None
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        line = bar.add_task("", total=None, cells="", left="", title="starting")
+
+        def show(progress: Any) -> None:
+            nonlocal said, first
+            now, left = time.monotonic(), ""
+            if first is None and progress.cells:
+                first = now, progress.work  # until here, workers were starting
+            elif first is not None and progress.work > first[1]:
+                pace = (now - first[0]) / (progress.work - first[1])
+                left = f"{_duration(pace * (progress.total - progress.work))} left"
+            cells = f"{progress.cells} of {progress.of}"
+            bar.update(
+                line, total=progress.total, completed=progress.work, cells=cells, left=left, title=progress.title
+            )  # fmt: skip
+            if not console.is_terminal and now - said > _SECONDS_BETWEEN_LINES:
+                said = now
+                console.print(f"{cells} measurements{', ' if left else ''}{left}", highlight=False)
+
+        yield show
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _batch(arguments: argparse.Namespace) -> Batch:

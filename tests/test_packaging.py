@@ -111,7 +111,7 @@ def test_nothing_in_all_needs_torchvision():
 
 
 def test_all_is_the_union_of_the_extras_it_names():
-    assert PROJECT["optional-dependencies"]["all"] == ["couplings[lapjv,pot,plot,train,test]"]
+    assert PROJECT["optional-dependencies"]["all"] == ["couplings[lapjv,pot,plot,ablate,train,test]"]
 
 
 def test_constraints_pin_what_the_extras_name():
@@ -121,5 +121,8 @@ def test_constraints_pin_what_the_extras_name():
         if "==" in line
     }
     extras = PROJECT["optional-dependencies"]
-    named = [*PROJECT["dependencies"], *(r for e in ("lapjv", "pot", "plot", "train", "test") for r in extras[e])]
+    named = [
+        *PROJECT["dependencies"],
+        *(r for e in ("lapjv", "pot", "plot", "ablate", "train", "test") for r in extras[e]),
+    ]
     assert {Requirement(line).name.lower().replace("_", "-") for line in named} <= pinned
