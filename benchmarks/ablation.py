@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from couplings import Coupling
+from couplings.ablation.records import Log
 from couplings.diagnostics import distance_reduction, one_step_prediction
 from integrations import config
 
@@ -40,6 +41,7 @@ from .record import environment
 
 RESULTS = Path(__file__).parent / "results"
 PART = "training"
+_TERMINATED = 143  # the exit status after SIGTERM
 PICTURED = 24  # predictions in a picture
 EQUAL = (("hungarian", "lapjv", "auction", "emd"), ("greedy", "stable"))
 PICTURES = ("independent", "auction")
@@ -132,16 +134,24 @@ class Arm:
 
 
 def train(arm: Arm) -> None:
-    """Train, or go on training; a folder that holds nothing to continue from is begun again."""
+    """Train, or go on training; a folder that holds nothing to continue from is begun again.
+
+    Raises
+    ------
+    SystemExit
+        If the loop was asked to end before its last step: it keeps a checkpoint then, and returns.
+    """
     from integrations import loop
 
     output = ("--output", str(arm.folder))
-    held = arm.folder / "checkpoints"
-    if not (held.is_dir() and any(held.iterdir())):
+    checkpoints = arm.folder / "checkpoints"
+    if not (checkpoints.is_dir() and any(checkpoints.iterdir())):
         shutil.rmtree(arm.folder, ignore_errors=True)
         loop.train(arm.recipe(*output), progress=False)
     else:
         loop.train(arm.recipe(*output, "--resume", "auto"), progress=False)
+    if not (checkpoints / f"step-{arm.recipe().train.steps}").is_dir():
+        raise SystemExit(_TERMINATED)
 
 
 def measure(arm: Arm, scores: Any, along: list[int]) -> Record:
@@ -223,37 +233,22 @@ def equality(arm: Arm, methods: tuple[str, ...], steps: int) -> Record:
     return {"of": list(methods), "batches": steps, "largest_difference": max(differences), "same_pairs": min(same)}
 
 
-class Log:
-    """The JSONL file of the records; a line that a killed run left half written is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            path.write_text("".join(whole))
-        self.records: list[Record] = [json.loads(line) for line in whole]
-
-    def add(self, record: Record) -> None:
-        """Append a record at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def holds(self, key: Record) -> bool:
-        """Whether there is a record with these fields."""
-        return any(all(record.get(name) == value for name, value in key.items()) for record in self.records)
+def held(log: Log, key: Record) -> bool:
+    """Whether there is a record with these fields."""
+    return any(all(record.get(name) == value for name, value in key.items()) for record in log.records)
 
 
 def run(arguments: argparse.Namespace, further: list[str], console: Console) -> None:
     """Train and measure what is not on record."""
+    torch.set_num_threads(arguments.threads)
+    with Log(arguments.output) as log:
+        _run(arguments, (*_data(arguments.data), *further), console, log)
+
+
+def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], console: Console, log: Log) -> None:
     from integrations import measure as measuring
     from integrations.data import load_source
 
-    torch.set_num_threads(arguments.threads)
-    log = Log(arguments.output)
-    overrides = (*_data(arguments.data), *further)
     arms = [
         Arm(objective, name, seed, overrides, arguments.work)
         for seed in arguments.seeds
@@ -281,21 +276,21 @@ def run(arguments: argparse.Namespace, further: list[str], console: Console) -> 
         line = bars.add_task("", total=len(arms))
         for number, arm in enumerate(arms, 1):
             bars.update(line, description=f"{arm.objective}: {arm.name}, seed {arm.seed}")
-            if not log.holds(key(arm, "training")):
+            if not held(log, key(arm, "training")):
                 train(arm)
                 record = key(arm, "training") | {"coupling": ARMS[arm.name]} | measure(arm, scores, arguments.along)
                 log.add(record | {"environment": here})
                 if not console.is_terminal:
                     console.print(f"{number} of {len(arms)}: {arm.objective}, {arm.name}, seed {arm.seed}")
             pictured = arm.name in PICTURES and arm.seed == arguments.seeds[0]
-            if pictured and not log.holds(key(arm, "one step")):
+            if pictured and not held(log, key(arm, "one step")):
                 log.add(key(arm, "one step") | picture(arm))
             if not arguments.keep:
                 shutil.rmtree(arm.folder, ignore_errors=True)
             bars.advance(line)
         for methods in EQUAL:
             arm = next((arm for arm in arms if arm.name in methods), None)
-            if arm is not None and not log.holds(key(arm, "equality") | {"of": list(methods)}):
+            if arm is not None and not held(log, key(arm, "equality") | {"of": list(methods)}):
                 log.add(key(arm, "equality") | equality(arm, methods, arguments.equality_steps))
 
 
@@ -309,7 +304,7 @@ def _quick_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         yield
     finally:
