@@ -58,10 +58,14 @@ class Task:
 
 
 OBJECTIVES = {
-    "DDIM, v prediction": Task(("ddim-digits", "--objective.prediction", "v_prediction")),
-    "Flow matching": Task(
-        ("flow-matching-digits",), ("independent", "auction", "greedy", "sliced", "nearest, k = 4, dot")
+    "DDIM, v prediction": Task(
+        ("ddim-digits", "--objective.prediction", "v_prediction"),
+        (
+            *("independent", "auction", "auction, l2", "auction, l1", "sinkhorn, reg 0.2", "sinkhorn, reg 0.5"),
+            *("sinkhorn, reg 1", "greedy", "sliced", "nearest, k = 4, l2", "nearest, k = 4, dot"),
+        ),
     ),
+    "Flow matching": Task(("flow-matching-digits",), ("independent", "auction", "nearest, k = 4, dot")),
     # The two that show where coupling does not help.
     "DDIM, epsilon prediction": Task(("ddim-digits", "--objective.prediction", "epsilon"), ("independent", "auction")),
 }

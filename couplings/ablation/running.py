@@ -227,9 +227,9 @@ class _Todo:
         return local + sum(self.weigh(point, task) for point in self.over_ranks for task in ("quality", "time"))
 
     def weigh(self, point: Point, task: str) -> float:
-        """Cost grows with the matrix, beside what every cell takes."""
-        calls = self.repeats + 3 if task == "time" else 3
-        return calls * ((point.n * point.ranks) ** 2 + 200.0**2)
+        """Cost grows with the matrix; the class leakage and the float64 distances of a quality take as long as it."""
+        entries = float(point.n * point.ranks) ** 2
+        return (self.repeats + 3) * (entries + 200.0**2) if task == "time" else 3 * entries + 1500.0**2
 
 
 def _notes(log: Log, kept: int, threads: int | None) -> list[str]:
