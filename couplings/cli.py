@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_couple(commands)
     _add_compare(commands)
     _add_ablate(commands)
+    _add_report(commands)
     return parser
 
 
@@ -238,6 +239,23 @@ def _add_ablate(commands: Any) -> None:
     )
     parser.add_argument("--device", default="cpu", help="where the batches lie, such as cuda (default: cpu)")
     parser.set_defaults(command=_ablate)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="tables and plots of records, as one HTML page or as Markdown",
+        description="Put together what `couplings ablate` and `python -m benchmarks.ablation` recorded.",
+    )
+    parser.add_argument("records", nargs="+", type=Path, metavar="JSONL", help="files of records")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="HTML page that needs no other file (default: report.html, if no Markdown is asked for)",
+    )  # fmt: skip
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="Markdown; its pictures are put beside it")
+    parser.add_argument("--title", default="Couplings: an ablation", metavar="TEXT", help="headline")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.set_defaults(command=_report)
 
 
 def _sizes(text: str) -> list[int]:
@@ -487,6 +505,22 @@ def _ablate(arguments: argparse.Namespace) -> int:
             print(f"couplings: {titles[0]}{others} {kind}: {' '.join(reason.split())}", file=sys.stderr)
     print(f"{len(cells)} cells, {outcome.measured} measurements made, {outcome.kept} kept: {arguments.output}")
     return 1 if outcome.failed else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from couplings.files import check_target
+    from couplings.report.pages import write
+    from couplings.report.reading import read
+
+    page: Path | None = arguments.output
+    if page is None and arguments.markdown is None:
+        page = Path("report.html")
+    for path in (page, arguments.markdown):
+        if path is not None:
+            check_target(path, force=arguments.force)
+    for path in write(read(arguments.records), page, arguments.markdown, arguments.title, force=arguments.force):
+        print(path)
+    return 0
 
 
 def _plain(axes: dict[str, Any]) -> dict[str, Any]:

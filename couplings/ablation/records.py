@@ -1,9 +1,12 @@
-"""The JSONL file of an ablation: a line for every finished cell, whatever happens to the process that writes it."""
+"""The JSONL file of an ablation: a line for every finished cell, whatever happens to the process that writes it.
+
+A line is given to the system before the next cell is waited for, so that a killed process loses nothing; it is not
+forced onto the disk, which can take longer than the cell.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +51,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
 
 
 class Log:
-    """Records that are appended to a file, each on the disk before the next cell begins.
+    """Records that are appended to a file one by one.
 
     Parameters
     ----------
@@ -83,7 +86,6 @@ class Log:
         self.records.append(dict(record))
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

@@ -168,13 +168,14 @@ def side_by_side(
             # One that is late is asked too, and says so.
             for world in [pipes[pipe] for pipe in ready] or [world for world in busy if not world.left]:  # type: ignore[index]
                 group = busy[world]
-                yield group.pop(0), world.answer()
-                if not group:
-                    if not waiting:
-                        del busy[world]
-                        continue
+                point, answer = group.pop(0), world.answer()
+                if not group and waiting:
                     group = busy[world] = waiting.pop(0)
-                world.begin(group[0])
+                if group:
+                    world.begin(group[0])  # before the answer is dealt with
+                else:
+                    del busy[world]
+                yield point, answer
     finally:
         for world in worlds:
             world.end()
