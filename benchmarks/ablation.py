@@ -350,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, further = parser.parse_known_args(argv)
     # Shorter than the recipes; five checkpoints, all of them kept until they are measured.
-    further = ["--train.steps", "800", "--train.checkpoint_every", "160", "--train.keep_last", "5", *further]
+    shorter = ["--train.steps", "500", "--train.checkpoint_every", "100", "--train.keep_last", "5"]
+    further = [*shorter, "--evaluate.steps", "[1, 2, 5, 10, 20]", *further]
     if ":" not in arguments.data and arguments.data != "digits":
         arguments.data = f"idx:{arguments.data}"
     try:
