@@ -264,8 +264,7 @@ def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], console: Con
     arguments.work.mkdir(parents=True, exist_ok=True)
     network = measuring.feature_network(recipes[0].evaluate.features, source, arguments.work / recipes[0].data.source)
     scores = measuring.Scores(network, source, torch.device("cpu"))
-    command = shlex.join(["python", "-m", "benchmarks.ablation", *sys.argv[1:]])
-    here = environment(arguments.threads, None) | {"command": command}
+    here = environment(arguments.threads, None) | {"command": _command(arguments)}
     common = {"data": recipes[0].data.source, "part": PART}
 
     def key(arm: Arm, task: str) -> Record:
@@ -296,6 +295,16 @@ def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], console: Con
             arm = next((arm for arm in arms if arm.name in methods), None)
             if arm is not None and not held(log, key(arm, "equality") | {"of": list(methods)}):
                 log.add(key(arm, "equality") | equality(arm, methods, arguments.equality_steps))
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Say how to do it again, wherever the files are kept."""
+    told = ["python", "-m", "benchmarks.ablation", "--data", arguments.data, "--seeds", *map(str, arguments.seeds)]
+    if arguments.objectives != list(OBJECTIVES):
+        told += ["--objectives", *arguments.objectives]
+    if arguments.arms:
+        told += ["--arms", *arguments.arms]
+    return shlex.join([*told, *arguments.further])
 
 
 def _data(source: str) -> list[str]:
@@ -349,6 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, default=RESULTS / "ablation-training.jsonl", help="JSONL file to add records to"
     )
     arguments, further = parser.parse_known_args(argv)
+    arguments.further = further
     # Shorter than the recipes; five checkpoints, all of them kept until they are measured.
     shorter = ["--train.steps", "500", "--train.checkpoint_every", "100", "--train.keep_last", "5"]
     further = [*shorter, "--evaluate.steps", "[1, 2, 5, 10, 20]", *further]

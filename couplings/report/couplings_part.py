@@ -165,11 +165,11 @@ def _promises(cells: Cells, n: int) -> Table:
             [
                 series.label,
                 gap.get(series.label, ""),
-                f"{max(certified.values()):.0e}" if certified else "",
+                _bound(certified),
                 f"{mean(agreement):.0f}%" if agreement else "",
                 record["marginal"],
                 f"{mean(used):.0f}%" if record["noise_rows"] == record["rows"] else "",
-                f"{mean(drift):+.2f}",
+                f"{mean(drift) + 0.0:+.2f}".replace("-0.00", "+0.00"),
                 _leakage(series),
             ]
         )
@@ -184,6 +184,12 @@ def _promises(cells: Cells, n: int) -> Table:
         "here ignore the classes."
     )
     return Table(caption, head, rows)
+
+
+def _bound(gaps: Samples) -> str:
+    if not gaps:
+        return ""
+    return f"{max(gaps.values()):.0e}" if any(gaps.values()) else "0"
 
 
 def _leakage(series: Series) -> str:

@@ -144,7 +144,7 @@ def lines(
     callable or None
         Draws it as SVG; None if no line has two points.
     """
-    kept = [line for line in found if line.points]
+    kept = _merged([line for line in found if line.points])
     if max((len(line.points) for line in kept), default=0) < 2:
         return None
 
@@ -180,6 +180,29 @@ def lines(
         return _svg(figure, title)
 
     return draw
+
+
+def _merged(found: Sequence[Line]) -> list[Line]:
+    """Draw lines that are the same as one: methods that make the same pairs."""
+    merged: list[Line] = []
+    for line in found:
+        for i, other in enumerate(merged):
+            if _same(line.points, other.points):
+                merged[i] = Line(f"{other.label} = {line.label}", other.points, other.dashed)
+                break
+        else:
+            merged.append(line)
+    return merged
+
+
+def _same(points: Mapping[float, Samples], others: Mapping[float, Samples]) -> bool:
+    if points.keys() != others.keys():
+        return False
+    return all(
+        points[place].keys() == others[place].keys()
+        and all(abs(value - others[place][seed]) <= 1e-9 * abs(value) for seed, value in points[place].items())
+        for place in points
+    )
 
 
 def _by_label(cells: Cells, read: Callable[[Series], Samples]) -> list[Line]:

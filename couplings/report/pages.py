@@ -40,7 +40,7 @@ td.tied { text-decoration: underline; text-decoration-color: var(--accent); text
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem 1.5rem; }
 figure { margin: 1rem 0; min-width: 0; } figure svg { display: block; width: 100%; height: auto; max-width: 34rem; }
 .images { display: flex; flex-wrap: wrap; gap: 1rem 2rem; margin: .5rem 0; }
-.images img { image-rendering: pixelated; width: 20rem; max-width: 100%; display: block; filter: invert(1); }
+.images img { image-rendering: pixelated; width: 20rem; max-width: 100%; display: block; }
 .images span { display: block; font-size: .875rem; }
 code, pre { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: #f4f6f8; padding: .7rem .9rem; overflow-x: auto; border-radius: 4px; white-space: pre-wrap;
@@ -73,15 +73,23 @@ def build(read: Read) -> list[Section]:
 
 
 def _origins(read: Read) -> list[Section]:
-    machine: list[Any] = []
+    # What runs have in common is said once.
+    alike: dict[str, list[dict[str, Any]]] = {}
     for run in read.runs:
+        common = {name: value for name, value in run.items() if name not in ("date", "commit", "command")}
+        alike.setdefault(str(common), []).append(run)
+    machine: list[Any] = []
+    for runs in alike.values():
+        run = runs[0]
         devices = ", ".join(device["name"] for device in run["devices"]) or "no GPU"
         packages = ", ".join(f"{name} {version}" for name, version in sorted(run["packages"].items()))
-        commit = f" at commit {run['commit']}" if run["commit"] else ""
+        dates = dict.fromkeys(each["date"][:16].replace("T", " ") for each in runs)
+        commits = dict.fromkeys(str(each["commit"]) for each in runs if each["commit"])
         machine.append(
-            f"{run['date'][:16].replace('T', ' ')} UTC: {run['cpu']}, {run['cpus']} processors, {run['threads']} "
-            f"thread{'s' * (run['threads'] != 1)} where time was taken, {devices}; {run['platform']}; "
-            f"couplings {run['couplings']}{commit}, Python {run['python']}. {packages}."
+            f"{run['cpu']}, {run['cpus']} processors, {run['threads']} thread{'s' * (run['threads'] != 1)} where time "
+            f"was taken, {devices}; {run['platform']}; couplings {run['couplings']}"
+            f"{' at commit ' if commits else ''}{', '.join(commits)}, Python {run['python']}. {packages}. "
+            f"Begun {', '.join(dates)} UTC."
         )
     if any(str(run["commit"]).endswith("+") for run in read.runs):
         machine.append("+: with changes that were not committed.")

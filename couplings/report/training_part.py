@@ -77,10 +77,10 @@ def _objective(records: Sequence[Record], data: str, objective: str) -> Section:
     section = Section(
         f"Training: {objective}, {data}",
         [
-            f"{first['steps']:,} steps of {first['rows']} rows; seeds {', '.join(map(str, seeds))}. Frechet distance "
-            f"of {first['samples']:,} samples to the data, in the features of a small classifier: lower is better, and "
-            "not comparable with other features. Mean ± standard deviation over seeds; the arms of a seed differ in "
-            "the pairing only."
+            f"{first['steps']:,} steps of {first['rows']} rows; seed{'s' * (len(seeds) > 1)} "
+            f"{', '.join(map(str, seeds))}. Frechet distance of {first['samples']:,} samples to the data, in the "
+            "features of a small classifier: lower is better, and not comparable with other features. Mean ± standard "
+            "deviation over seeds; the arms of a seed differ in the pairing only."
         ],
     )
 
