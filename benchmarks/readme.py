@@ -13,6 +13,8 @@ from pathlib import Path
 
 import couplings
 
+from . import training, training_report
+
 ROOT = Path(__file__).parents[1]
 RECORDS = (ROOT / "docs" / "demo.json",)
 
@@ -46,6 +48,11 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def training_table() -> str:
+    """Markdown table of what coupling changed in the training benchmark."""
+    return training_report.block(training_report.Results(training.read(training.RESULTS / "training.jsonl")))
+
+
 def with_block(text: str, name: str, content: str) -> str:
     """Replace the block `name` of a text.
 
@@ -69,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     readme = ROOT / "README.md"
     old = readme.read_text()
-    new = with_block(with_block(old, "methods", methods_table()), "demo", demo_table())
+    new = old
+    for name, table in (("methods", methods_table), ("demo", demo_table), ("training", training_table)):
+        new = with_block(new, name, table())
     if arguments.check:
         return int(new != old)
     readme.write_text(new)

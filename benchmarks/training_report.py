@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-__all__ = ["write"]
+__all__ = ["Results", "block", "write"]
 
 KINDS = {
     "v": "DDIM, v prediction",
@@ -58,9 +58,17 @@ class Results:
             for steps, value in record["frechet"].items():
                 at = self.curves.setdefault(arm, {}).setdefault(int(steps), {}).setdefault(record["step"], {})
                 at[record["seed"]] = value
-        self.last = max(record["step"] for record in self.points)
-        self.kinds = [kind for kind in KINDS if {f"{kind}-{BASE}", f"{kind}-{OURS}"} <= self.curves.keys()]
+        self.kinds = [kind for kind in KINDS if self._shared_steps(kind, OURS)]
+        self.last = {kind: max(self._shared_steps(kind, OURS)) for kind in self.kinds}
         self.steps = sorted({n for curve in self.curves.values() for n in curve})
+
+    def _shared_steps(self, kind: str, pairing: str) -> set[int]:
+        """Return the training steps at which a way of pairing and its baseline were measured."""
+        both = [
+            {step for curve in self.curves.get(f"{kind}-{name}", {}).values() for step in curve}
+            for name in (BASE, pairing)
+        ]
+        return both[0] & both[1]
 
     def of(self, kind: str, **fields: Any) -> list[Record]:
         """Return the records of a kind with the fields given."""
@@ -68,8 +76,8 @@ class Results:
         return [r for r in self.records if all(r.get(key) == value for key, value in fields.items())]
 
     def pairings(self, kind: str) -> list[str]:
-        """Return the ways of pairing that were trained with one prediction."""
-        return [pairing for pairing in PAIRINGS if f"{kind}-{pairing}" in self.curves]
+        """Return the ways of pairing that were trained with one prediction, as long as the coupled arm."""
+        return [pairing for pairing in PAIRINGS if self.last[kind] in self._shared_steps(kind, pairing)]
 
     def at(self, arm: str, steps: int, step: int) -> dict[int, float]:
         """Return the distances by seed."""
@@ -133,7 +141,7 @@ def final_table(results: Results) -> str:
     rows = []
     for kind in results.kinds:
         for pairing in results.pairings(kind):
-            cells = [results.at(f"{kind}-{pairing}", n, results.last) for n in results.steps]
+            cells = [results.at(f"{kind}-{pairing}", n, results.last[kind]) for n in results.steps]
             seeds = max(len(cell) for cell in cells)
             rows.append([KINDS[kind] if pairing == BASE else "", PAIRINGS[pairing], str(seeds), *map(_spread, cells)])
     return _table(["", "noise", "seeds", *(f"{n} steps" for n in results.steps)], rows)
@@ -154,7 +162,7 @@ def variant_table(results: Results) -> str | None:
     """Change by other couplings, at the end of training."""
     rows = [
         [KINDS[kind], PAIRINGS[pairing]]
-        + [_percent(results.change(kind, n, results.last, pairing)) for n in results.steps]
+        + [_percent(results.change(kind, n, results.last[kind], pairing)) for n in results.steps]
         for kind in results.kinds
         if len(results.pairings(kind)) > 2
         for pairing in results.pairings(kind)
@@ -169,27 +177,31 @@ def thresholds(results: Results) -> list[tuple[str, int, float, float | None, fl
     for kind in results.kinds:
         for n in results.steps:
             curve = results.curves[f"{kind}-{BASE}"].get(n, {})
-            for part in PARTS:
-                step = part * results.last
-                if step in curve:
-                    threshold = fmean(curve[int(step)].values())
-                    reached = [results.reach(f"{kind}-{pairing}", n, threshold) for pairing in (BASE, OURS)]
-                    found.append((kind, n, threshold, *reached))
+            curve = {step: fmean(seeds.values()) for step, seeds in curve.items() if step <= results.last[kind]}
+            if len(curve) < 2:
+                continue
+            parts = [part * results.last[kind] for part in PARTS]
+            best = [min((value for step, value in curve.items() if step <= part), default=None) for part in parts]
+            for threshold in dict.fromkeys(value for value in best if value is not None):
+                found.append((kind, n, threshold, *(results.reach(f"{kind}-{p}", n, threshold) for p in (BASE, OURS))))
     return found
 
 
 def threshold_table(results: Results) -> str:
     """Training steps to fixed distances."""
-
-    def shown(steps: float | None) -> str:
-        return f"> {results.last:,}" if steps is None else f"{steps:,.0f}"
-
     rows, before = [], ("", 0)
     for kind, n, threshold, base, ours in thresholds(results):
-        ratio = "" if base is None or ours is None else f"{base / ours:.1f} x"
+        last = results.last[kind]
+        first = [min(results.curves[f"{kind}-{pairing}"][n]) for pairing in (BASE, OURS)]
+
+        def shown(step: float | None, first: int, last: int = last) -> str:
+            return f"> {last:,}" if step is None else f"{'≤ ' * (step == first)}{step:,.0f}"
+
+        sign = "< " if ours is None else "≥ " if ours == first[1] else ""
+        ratio = "" if base is None or base == first[0] else f"{sign}{base / (ours or last):.1f} x"
         name = KINDS[kind] if kind != before[0] else ""
         steps = str(n) if (kind, n) != before else ""
-        rows.append([name, steps, f"{threshold:.1f}", shown(base), shown(ours), ratio])
+        rows.append([name, steps, f"{threshold:.1f}", shown(base, first[0]), shown(ours, first[1]), ratio])
         before = kind, n
     return _table(["", "sampling steps", "Frechet distance", "independent", "coupled", "fewer by"], rows)
 
@@ -229,15 +241,21 @@ def switched_table(results: Results) -> str | None:
         if not results.of("switched", high=f"v-{pairing}"):
             continue
         for high, low in (("epsilon", "epsilon"), ("v", "epsilon"), ("epsilon", "v"), ("v", "v")):
-            mine = results.of("switched", high=f"{high}-{pairing}", low=f"{low}-{pairing}")
-            cells = [
-                results.at(f"{high}-{pairing}", n, results.last)
-                if high == low
-                else {record["seed"]: record["frechet"][str(n)] for record in mine}
-                for n in steps
-            ]
-            rows.append([PAIRINGS[pairing], high, low, *map(_spread, cells)])
+            found = _shared_sample(results, high, low, pairing)
+            rows.append([PAIRINGS[pairing], high, low, *(_spread(found.get(n, {})) for n in steps)])
     return _table(["noise", "noisier half", "cleaner half", *(f"{n} steps" for n in steps)], rows)
+
+
+def _shared_sample(results: Results, high: str, low: str, pairing: str) -> dict[int, dict[int, float]]:
+    """Return distances by sampling steps and seed, of one network for the noisier half and one for the rest."""
+    records = results.of("switched", high=f"{high}-{pairing}", low=f"{low}-{pairing}")
+    if high == low:
+        records = results.of("point", arm=f"{high}-{pairing}", step=results.last.get(high))
+    found: dict[int, dict[int, float]] = {}
+    for record in records:
+        for n, value in record["frechet"].items():
+            found.setdefault(int(n), {})[record["seed"]] = value
+    return found
 
 
 def coupling_table(results: Results) -> str | None:
@@ -269,23 +287,32 @@ def picture(results: Results, path: Path) -> None:
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "couplings"}
     with plt.rc_context(style):
         width = 1 + 3.4 * len(results.kinds)
-        figure, panels = plt.subplots(
-            3, len(results.kinds), figsize=(width, 9), dpi=120, squeeze=False, sharey="row", layout="constrained"
-        )
         shares = levels(results)
+        rows = 3 if shares else 2
+        figure, panels = plt.subplots(
+            rows,
+            len(results.kinds),
+            figsize=(width, 3 * rows),
+            dpi=120,
+            squeeze=False,
+            sharey="row",
+            layout="constrained",
+        )
         for column, kind in enumerate(results.kinds):
             panels[0][column].set_title(KINDS[kind], loc="left", fontsize=12, fontweight="bold")
             for pairing, color in COLORS.items():
                 arm = f"{kind}-{pairing}"
-                over = {n: results.at(arm, n, results.last) for n in results.steps}
+                over = {n: results.at(arm, n, results.last[kind]) for n in results.steps}
                 _band(panels[0][column], over, color, pairing)
                 along = results.curves[arm].get(ALONG) or results.curves[arm][results.steps[0]]
                 _band(panels[1][column], along, color, pairing)
-                _band(panels[2][column], shares.get(arm, {}), color, pairing)
+                if shares:
+                    _band(panels[2][column], shares.get(arm, {}), color, pairing)
             _label(panels[:, column], results)
-        panels[0][0].set_ylabel(f"Frechet distance\nafter {results.last:,} training steps")
+        panels[0][0].set_ylabel("Frechet distance\nat the end of training")
         panels[1][0].set_ylabel(f"Frechet distance\nat {ALONG} sampling steps")
-        panels[2][0].set_ylabel("share of the image's variance\nthat the network predicts")
+        if shares:
+            panels[2][0].set_ylabel("share of the image's variance\nthat the network predicts")
         panels[0][0].legend(frameon=False)
         figure.savefig(path, metadata={"Software": None})
         plt.close(figure)
@@ -307,33 +334,162 @@ def _band(axes: Any, values: dict[Any, dict[int, float]], color: str, name: str)
 def _label(column: Any, results: Results) -> None:
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    over, along, shares = column
+    over, along, *shares = column
     over.set(xscale="log", yscale="log", xlabel="sampling steps")
     over.set_xticks(results.steps, [str(n) for n in results.steps])
     over.xaxis.set_minor_locator(NullLocator())
     along.set(yscale="log", xlabel="training steps")
-    shares.set(xlabel="noise level (1: pure noise)", ylim=(-0.1, 1))
+    for axes in shares:
+        axes.set(xlabel="noise level (1: pure noise)", ylim=(-0.3, 1))
+        axes.axhline(0, color="#444a52", lw=0.8)
     for axes in (over, along):
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())
-    shares.axhline(0, color="#444a52", lw=0.8)
     for axes in column:
         axes.grid(axis="y", which="both", color="#e6e8eb")
         axes.set_axisbelow(True)
 
 
+# -- sentences
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _balance(results: Results, kind: str) -> str:
+    """Say how often coupling is better along training, and by how much in the end."""
+    arms = [results.curves[f"{kind}-{pairing}"] for pairing in (BASE, OURS)]
+    cells = [(n, step) for n in results.steps for step in arms[0].get(n, {}) if step in arms[1].get(n, {})]
+    changes = {cell: change for cell in cells if (change := results.change(kind, *cell))}
+    better = sum(agreed and change < 0 for change, agreed in changes.values())
+    worse = sum(agreed and change >= 0 for change, agreed in changes.values())
+    split = len(changes) - better - worse
+    last = results.last[kind]
+    seeds = max(len(results.at(f"{kind}-{OURS}", n, last)) for n in results.steps)
+    at_end = {n: changes[n, last] for n in results.steps if (n, last) in changes}
+    ends = _listed([f"{_percent(change)} at {n}" for n, change in at_end.items()])
+    return (
+        f"**{KINDS[kind]}** (seeds: {seeds}): after {last:,} training steps coupling changes the distance by {ends} "
+        f"sampling steps. Of {len(changes)} measurements along training it is better in {better} and worse in {worse}"
+        + (f"; in {split} the seeds disagree." if split else ".")
+    )
+
+
+def findings(results: Results) -> list[str]:
+    """Return what the records show, as sentences."""
+    found = [_balance(results, kind) for kind in results.kinds]
+    shares = {
+        arm: {level: fmean(seeds.values()) for level, seeds in by_level.items()}
+        for arm, by_level in levels(results).items()
+    }
+    alone = next((r["explained"] for r in results.of("coupling", method="auction", batch=128)), None)
+    known = {kind: shares.get(f"{kind}-{OURS}", {}).get(1.0) for kind in KINDS}
+    if alone is not None and any(value is not None for value in known.values()):
+        parts = [f"{100 * value:.0f}% ({KINDS[kind]})" for kind, value in known.items() if value is not None]
+        found.append(
+            f"**What coupling offers** is that noise tells something of its image: {100 * alone:.0f}% of the pixels' "
+            f"variance, linearly, before any signal is mixed in. From pure noise the coupled networks predict "
+            f"{_listed(parts)} of it. Below zero, the mean image would have been the better answer."
+        )
+    for n in (20, 10):
+        cells = {}
+        for high, low in (("epsilon", "epsilon"), ("v", "epsilon"), ("v", "v")):
+            at = _shared_sample(results, high, low, OURS).get(n, {})
+            if at:
+                cells[high, low] = fmean(at.values())
+        if len(cells) == 3:
+            whole, helped, other = cells["epsilon", "epsilon"], cells["v", "epsilon"], cells["v", "v"]
+            found.append(
+                f"**Where epsilon prediction goes wrong**: its coupled network alone is at {whole:.1f} ({n} sampling "
+                f"steps). With the coupled v network doing the noisier half of the steps and the same epsilon network "
+                f"the rest, samples are at {helped:.1f}; the v network alone is at {other:.1f}."
+            )
+            break
+    return found
+
+
 def page(results: Results) -> str:
     """Return the whole page."""
     sections = [
-        ("At the end of training", final_table(results)),
-        ("Change by coupling, along training", change_table(results)),
-        ("Training steps to fixed distances", threshold_table(results)),
-        ("Other couplings", variant_table(results)),
-        ("What the coupling does to the images", coupling_table(results)),
-        ("What the networks know of the image, by noise level", level_table(results)),
-        ("Two networks for one sample", switched_table(results)),
+        ("At the end of training", final_table(results), "Mean over seeds (lowest to highest)."),
+        (
+            "Change by coupling, along training",
+            change_table(results),
+            "Of the mean over seeds; in brackets where the seeds do not agree which is better.",
+        ),
+        (
+            "Training steps to fixed distances",
+            threshold_table(results),
+            "A threshold is the best that the baseline's mean curve has been at by "
+            f"{_listed([f'{part:.0%}' for part in PARTS])} of the training; between checkpoints a curve is a "
+            "straight line. `>`: not reached; `≤`: at the first "
+            "checkpoint already.",
+        ),
+        ("Other couplings", variant_table(results), "Change of the mean against independent noise."),
+        (
+            "What the coupling does to the images",
+            coupling_table(results),
+            "`explained`: the sum over principal directions of the squared correlation of image and noise, weighted "
+            "by the images' variance along them.",
+        ),
+        (
+            "What the networks predict of the image, by noise level",
+            level_table(results),
+            "Share of the images' variance that the clean image implied by the network's answer explains, on pairs as "
+            "in training. 1 is pure noise.",
+        ),
+        (
+            "Two networks for one sample",
+            switched_table(results),
+            "Frechet distance when one network takes the sampling steps of the noisier half of the levels and another "
+            "the rest.",
+        ),
     ]
-    return "\n".join(f"## {title}\n\n{table}\n" for title, table in sections if table)
+    parts = ["# Training with and without coupling", "", *_setting(results), "", "![Curves](training.png)", ""]
+    parts += ["## What it shows", "", *(f"- {sentence}" for sentence in findings(results)), ""]
+    for title, table, note in sections:
+        if table:
+            parts += [f"## {title}", "", note, "", table, ""]
+    return "\n".join(parts)
+
+
+def _setting(results: Results) -> list[str]:
+    record = results.points[-1]
+    settings, here = record["settings"], record["environment"]
+    train, optimizer = settings["train"], settings["optimizer"]
+    lines = [
+        "Written by `python -m benchmarks.training`; do not edit. Lower is better everywhere. A network of "
+        f"{settings['model']['name']} blocks, patches of {settings['model']['patch_size']} pixels, width "
+        f"{settings['model']['width']}, depth {settings['model']['depth']}; batches of {train['global_batch_size']}, "
+        f"{optimizer['name']} at a constant {optimizer['lr']:g}, averaged weights. The distance is the Frechet "
+        f"distance of {settings['evaluate']['samples']:,} samples to all images, in the features of a small classifier "
+        "trained on the same images."
+    ]
+    real = results.of("real")
+    if real:
+        lines[0] += f" {real[-1]['samples']:,} real images are at {real[-1]['frechet']:.1f}."
+    dates = sorted(r["environment"]["date"][:10] for r in results.points)
+    commits = sorted({r["environment"]["commit"] for r in results.points})
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
+    hardware = here["hardware"]
+    return [
+        *lines,
+        "",
+        f"{hardware['cpu']}, {hardware['cores']} cores, one thread a process, beside other work: times are not "
+        f"comparable. Python {here['python']}, {versions}. Commit {', '.join(commits)}; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
+    ]
+
+
+def block(results: Results) -> str:
+    """Return the lines for the README."""
+    head = ["change of the Frechet distance by coupling, at sampling steps", *(str(n) for n in results.steps)]
+    rows = [
+        [KINDS[kind], *(_percent(results.change(kind, n, results.last[kind])) for n in results.steps)]
+        for kind in results.kinds
+    ]
+    return _table(head, rows)
 
 
 def write(records: list[Record], folder: Path) -> list[Path]:
