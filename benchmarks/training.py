@@ -48,24 +48,32 @@ class Arm:
     overrides: tuple[str, ...] = ()
 
 
-PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon", "image": "sample"}
+PREDICTIONS = {
+    "v": ("--objective.prediction", "v_prediction"),
+    "epsilon": ("--objective.prediction", "epsilon"),
+    "image": ("--objective.prediction", "sample"),
+    # Without a clamp to speak of, min-SNR weights a velocity's error by SNR / (SNR + 1): as the error of the noise
+    # that it implies.
+    "weighted": ("--objective.prediction", "v_prediction", "--objective.min_snr_gamma", "1e9"),
+}
 PAIRINGS = {
     "independent": ("--coupling.method", "independent"),
     "coupled": (),
     "whitened": ("--coupling.method", "auction-whitened"),
     "of32": ("--train.batch_size_per_device", "32"),
 }
+BOTH = ("independent", "coupled")
 
 
 def _ddim(kind: str, pairing: str) -> Arm:
-    return Arm("ddim", ("--objective.prediction", PREDICTIONS[kind], *PAIRINGS[pairing]))
+    return Arm("ddim", (*PREDICTIONS[kind], *PAIRINGS[pairing]))
 
 
 # What is predicted stands before the dash, how noise is paired after it.
 ARMS = {
     **{f"{kind}-{pairing}": _ddim(kind, pairing) for kind in ("v", "epsilon") for pairing in PAIRINGS},
-    **{f"image-{pairing}": _ddim("image", pairing) for pairing in ("independent", "coupled")},
-    **{f"flow-{pairing}": Arm("flow-matching", PAIRINGS[pairing]) for pairing in ("independent", "coupled")},
+    **{f"{kind}-{pairing}": _ddim(kind, pairing) for kind in ("image", "weighted") for pairing in BOTH},
+    **{f"flow-{pairing}": Arm("flow-matching", PAIRINGS[pairing]) for pairing in BOTH},
 }
 MEANS = ("loss", "reduction", "coupling_ms", "step_ms")  # of the steps since the checkpoint before
 

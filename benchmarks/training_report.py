@@ -12,6 +12,7 @@ __all__ = ["Results", "block", "write"]
 KINDS = {
     "v": "DDIM, v prediction",
     "epsilon": "DDIM, epsilon prediction",
+    "weighted": "DDIM, v prediction, epsilon's weights",
     "image": "DDIM, image prediction",
     "flow": "Flow matching",
 }
