@@ -17,6 +17,7 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from torch import Tensor, nn
 
 from .config import Consistency
+from .export import save_pipeline
 from .lpips import Lpips
 from .objective import Generators, Objective, rows
 from .randomness import Draws
@@ -173,4 +174,5 @@ class ConsistencyObjective(Objective):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``ConsistencyModelPipeline.from_pretrained``."""
-        ConsistencyModelPipeline(unet=model, scheduler=self.scheduler()).save_pretrained(folder)
+        pipeline = ConsistencyModelPipeline(unet=model, scheduler=self.scheduler())
+        save_pipeline(pipeline, folder, "batch_size=4, num_inference_steps=1")

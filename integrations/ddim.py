@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from .config import Ddim, StableDiffusion
+from .export import save_pipeline
 from .objective import Generators, Mixed, Regression
 from .randomness import Draws
 
@@ -75,4 +76,6 @@ class DdimObjective(DiffusionObjective):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``DDIMPipeline.from_pretrained``."""
-        DDIMPipeline(unet=model, scheduler=DDIMScheduler.from_config(self.scheduler.config)).save_pretrained(folder)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        pipeline = DDIMPipeline(unet=model, scheduler=scheduler)
+        save_pipeline(pipeline, folder, f"batch_size=4, num_inference_steps=20, eta={self.config.eta}")

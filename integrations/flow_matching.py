@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from . import flow_matching_pipeline
 from .config import FlowMatching
+from .export import save_pipeline
 from .objective import Generators, Mixed, Regression, rows
 from .randomness import Draws
 
@@ -57,5 +57,6 @@ class FlowMatchingObjective(Regression):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, ...)``."""
-        flow_matching_pipeline.FlowMatchingPipeline(unet=model).save_pretrained(folder)
-        shutil.copyfile(flow_matching_pipeline.__file__, folder / "pipeline.py")
+        pipeline = flow_matching_pipeline.FlowMatchingPipeline(unet=model)
+        code = Path(flow_matching_pipeline.__file__)
+        save_pipeline(pipeline, folder, "batch_size=4, num_inference_steps=10", code)

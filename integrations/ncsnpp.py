@@ -4,6 +4,8 @@ As configured in openai/consistency_models_cifar10: BigGAN residual blocks with 
 an input pyramid added to the residuals, sums scaled by 1 / sqrt(2) (arXiv 2011.13456). diffusers'
 UNet2DModel has no such input pyramid, and its Fourier time embedding cannot take the negative
 timesteps of consistency models.
+
+A copy of this file travels with an exported pipeline: it imports nothing of this package.
 """
 
 from __future__ import annotations

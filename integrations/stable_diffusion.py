@@ -6,6 +6,7 @@ offset of the noise is added after the coupling, so that it is not what the pair
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .config import RecipeError, StableDiffusion
 from .data import Source
 from .ddim import DiffusionObjective
+from .export import save_pipeline
 from .models import align
 from .objective import Generators, Mixed
 from .randomness import Draws
@@ -150,16 +152,20 @@ class StableDiffusionObjective(DiffusionObjective):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``StableDiffusionPipeline.from_pretrained``."""
-        StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
+        # In one number format: a pipeline opened without naming one would mix those of its parts.
+        pipeline = StableDiffusionPipeline(
+            vae=copy.deepcopy(self.vae).float(),
+            text_encoder=copy.deepcopy(self.text_encoder).float(),
             tokenizer=self.tokenizer,
             unet=model,
             scheduler=self.sampler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(folder)
+        )
+        prompt = self.captions[-1] if self.config.caption == "class" else ""
+        arguments = f"{prompt!r}, guidance_scale={self.config.guidance_scale}, num_inference_steps=20"
+        save_pipeline(pipeline, folder, arguments)
 
 
 def load_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -121,6 +125,38 @@ def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
     if signed.shape[1] != expected.shape[1]:
         signed = signed.mean(1, keepdim=True)
     torch.testing.assert_close(signed, expected, rtol=0, atol=1e-4)
+
+
+OUTSIDE = """
+import os, re, sys
+packages, *folders = sys.argv[1:]
+sys.path.append(packages)
+for name in ("integrations", "couplings"):
+    try: __import__(name)
+    except ModuleNotFoundError: continue
+    raise SystemExit(f"{name} can be imported")
+for folder in folders:
+    os.chdir(folder)
+    (code,) = re.findall("```python\\n(.*?)```", open("README.md").read(), re.S)
+    exec(code)
+    assert len(images) and images[0].size == (8, 8)
+    del images
+"""
+
+
+def test_the_lines_in_an_exported_folder_draw_images_offline_and_without_this_package(tmp_path):
+    from tiny_recipes import tiny
+
+    folders = []
+    for name in ("ddim-digits", "flow-matching-digits", "consistency-digits", "stable-diffusion-digits"):
+        options = ["--objective.frozen_precision", "fp16"] if name.startswith("stable") else []
+        trained = loop.Run(tiny(name, tmp_path / name, *options))
+        folders.append(str(tmp_path / name / "pipeline"))
+        trained.objective.export(trained.bare_model, tmp_path / name / "pipeline")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-S", "-c", OUTSIDE, sysconfig.get_path("purelib"), *folders]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_more_steps_of_euler_approach_dopri5(tmp_path):
