@@ -8,6 +8,7 @@ the n pairs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,29 +47,44 @@ def canonical_metric(metric: Metric) -> Metric:
     if not isinstance(metric, str):
         msg = f"metric= takes a name or a callable, got {type(metric).__name__}. Known: {', '.join(_METRICS)}."
         raise TypeError(msg)
-    if metric.lower() not in _METRICS:
+    key = metric.strip().lower()
+    if key not in _METRICS:
         raise ValueError(unknown("metric", metric, _METRICS))
-    return metric.lower()
+    return key
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices in float32, not in TF32 or bfloat16, whatever the process has chosen.
 
-    The setting is global to the process; it is touched only where it differs from full precision, and put back.
+    The setting is global to the process; it is touched only where it differs from full precision, and put back when
+    the last of the threads that asked for it leaves.
     """
     backends: Any = torch.backends
     backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
-    saved = backend.fp32_precision
-    inherited = saved == "none" and backends.fp32_precision in ("none", "ieee")
-    if saved == "ieee" or inherited:
-        yield
-        return
-    backend.fp32_precision = "ieee"
+    with _precision_lock:
+        users, saved = _precision_users.get(device.type, (0, None))
+        if users == 0:
+            chosen = backend.fp32_precision
+            inherited = chosen == "none" and backends.fp32_precision in ("none", "ieee")
+            if chosen != "ieee" and not inherited:
+                saved = chosen
+                backend.fp32_precision = "ieee"
+        _precision_users[device.type] = (users + 1, saved)
     try:
         yield
     finally:
-        backend.fp32_precision = saved
+        with _precision_lock:
+            users, saved = _precision_users.pop(device.type)
+            if users > 1:
+                _precision_users[device.type] = (users - 1, saved)
+            elif saved is not None:
+                backend.fp32_precision = saved
+
+
+# By type of device: how many threads are inside, and what to put back (None: nothing).
+_precision_users: dict[str, tuple[int, str | None]] = {}
+_precision_lock = threading.Lock()
 
 
 def cost_matrix(x: Operand, y: Operand, metric: Metric, *, shift_invariant: bool) -> Tensor:
@@ -100,7 +116,8 @@ def cost_matrix(x: Operand, y: Operand, metric: Metric, *, shift_invariant: bool
     elsewhere.
     """
     if callable(metric):
-        return _checked(metric(x.values, y.values), x, y, metric)
+        # Copies: the values may be the caller's own tensors, and the metric may compute in place.
+        return _checked(metric(x.values.clone(), y.values.clone()), x, y, metric)
     if metric == "l1":
         return _l1_matrix(x.values, y.values)
     if metric == "dot":

@@ -124,6 +124,11 @@ def pair(batch: Batch, plan: Plan, generator: torch.Generator) -> Pairing:
             pairs = pair_costs(batch.data, batch.noise, plan.metric, assignment.index)
             before = pair_costs(batch.data, batch.noise, plan.metric)
         cost = pairs.mean(dtype=torch.float64)
+        dtype = batch.data.dtype
+        reported, reported_before = cost.to(dtype), before.mean(dtype=torch.float64).to(dtype)
+        # Methods without a matrix have had no entry of it looked at.
+        if callable(plan.metric) or not _far_from_overflow(batch.peak, batch.data.shape[1], dtype):
+            _check_finite(torch.stack([reported, reported_before]), plan.metric)
     gap = None
     if assignment.slack is not None:
         between = 0.0
@@ -131,8 +136,7 @@ def pair(batch: Batch, plan: Plan, generator: torch.Generator) -> Pairing:
             between = pair_conditions(condition, condition, assignment.index, plan).mean().item()
         gap = relative_gap(assignment.slack, len(batch.data), float(cost), between, plan)
     marginal = reached_marginal(assignment, plan, len(batch.data), len(batch.noise))
-    dtype = batch.data.dtype
-    return Pairing(assignment.index, marginal, cost.to(dtype), before.mean(dtype=torch.float64).to(dtype), gap)
+    return Pairing(assignment.index, marginal, reported, reported_before, gap)
 
 
 def build_cost(x: Operand, y: Operand, condition: Tensor | None, peak: float, plan: Plan) -> Tensor:
@@ -169,16 +173,24 @@ def finished_cost(
         between = condition_cost(of_data, of_noise, plan.condition_metric, cost.dtype)
         cost = cost + between.mul_(plan.condition_weight)
         peak = float("inf")  # the bound below does not know the conditions
-    # |cost| <= d * (2 * peak)**2: only inputs near the limit of the type need a look at every entry.
-    safe = 4.0 * depth * max(1.0, peak) ** 2 < torch.finfo(cost.dtype).max
-    if (callable(plan.metric) or not safe) and not bool(torch.isfinite(cost).all()):
-        what = getattr(plan.metric, "__name__", plan.metric)
+    if callable(plan.metric) or not _far_from_overflow(peak, depth, cost.dtype):
+        _check_finite(cost, plan.metric)
+    return cost
+
+
+def _far_from_overflow(peak: float, depth: int, dtype: torch.dtype) -> bool:
+    """Bound every cost by ``d * (2 * peak)**2``: only inputs near the limit of the type need a look at every entry."""
+    return 4.0 * depth * max(1.0, peak) ** 2 < torch.finfo(dtype).max
+
+
+def _check_finite(cost: Tensor, metric: Metric) -> None:
+    if not bool(torch.isfinite(cost).all()):
+        what = getattr(metric, "__name__", metric)
         msg = (
             f"the cost {what} is not finite everywhere (it is computed in {cost.dtype}). "
             "Scale the inputs, pass float64, or mend the metric."
         )
         raise ValueError(msg)
-    return cost
 
 
 def assign_cost(
@@ -186,6 +198,8 @@ def assign_cost(
 ) -> Assignment:
     """Let a method on the cost assign, and check its answer."""
     extra = {"points": points} if "points" in plan.method.wants else {}
+    if callable(plan.metric) and not plan.method.leaves_operands:
+        cost = cost.clone()  # what is reported is read from it, and it may be a tensor that the metric keeps
     return _checked(plan.method.fn, (cost,), extra, plan, generator, *cost.shape)
 
 
@@ -216,8 +230,10 @@ def assign_points(
         )
         raise ValueError(msg)
     extra = {"metric": plan.metric} if "metric" in plan.method.wants else {}
-    n, m = len(x.values), len(y.values)
-    return _checked(plan.method.fn, (x.values, y.values), extra, plan, generator, n, m)
+    points = (x.values, y.values)
+    if not plan.method.leaves_operands:
+        points = (x.values.clone(), y.values.clone())  # they may be the caller's own tensors
+    return _checked(plan.method.fn, points, extra, plan, generator, len(x.values), len(y.values))
 
 
 def _checked(

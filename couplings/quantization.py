@@ -44,9 +44,10 @@ def canonical_quantizer(name: str | None) -> str | None:
     if not isinstance(name, str):
         msg = f"quantize= takes a name or None, got {type(name).__name__}. Known: {', '.join(_TYPES)}."
         raise TypeError(msg)
-    if name.lower() not in _TYPES:
+    key = name.strip().lower()
+    if key not in _TYPES:
         raise ValueError(unknown("quantizer", name, _TYPES))
-    return name.lower()
+    return key
 
 
 def canonical_wire(wire: str | torch.dtype | None) -> str | None:

@@ -5,6 +5,9 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -239,3 +242,71 @@ def test_an_installed_method_is_covered_by_the_property_tests(installed):
     bad = run([*command, chosen], installed)
     assert bad.returncode == 1
     assert "2 failed, 1 passed" in bad.stdout, bad.stdout[-3000:]
+
+
+@pytest.mark.parametrize("spoiled", ["cost", "metric", "points"])
+def test_a_callable_that_computes_in_place_spoils_neither_the_batch_nor_the_report(spoiled):
+    data, noise = batch(6)
+    kept, cost = (data.clone(), noise.clone()), torch.cdist(data.flatten(1), noise.flatten(1))
+
+    def method(*operands, generator=None):
+        for operand in operands:
+            operand.zero_()
+        return torch.arange(6).flip(0)
+
+    def metric(x, y):
+        return x.zero_() @ y.zero_().T
+
+    expected = cost.flip(1).diagonal().mean().item()
+    if spoiled == "cost":
+        held = cost.clone()
+        assert couple(data, noise, method, metric=lambda x, y: held).cost.item() == pytest.approx(expected)
+        assert torch.equal(held, cost)
+    elif spoiled == "metric":
+        couple(data, noise, metric=metric)
+    else:
+        couplings.register("spoiler", method, marginal="permutation", needs="points")
+        assert couple(data, noise, "spoiler", metric="l2").cost.item() == pytest.approx(expected)
+    assert same_bits(data, kept[0])
+    assert same_bits(noise, kept[1])
+
+
+class EntryPoint:
+    value, name, dist = "somebody:register", "somebody", None
+
+    def __init__(self, found):
+        self.found = found
+
+    def load(self):
+        return self.found
+
+
+def test_a_package_that_cannot_register_is_named_at_every_call(monkeypatch):
+    def broken():
+        couplings.register("half", rolled, marginal="permutation")
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(registry, "_entry_points_read", False)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint(broken)])
+    for _ in range(2):
+        with pytest.raises(ImportError, match=r"somebody:register.*ZeroDivisionError: mine"):
+            couple(*batch())
+    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint(couplings)])
+    assert couplings.methods("half") == [], "what it registered before it broke is not left behind"
+
+
+def test_threads_wait_for_the_methods_of_installed_packages(monkeypatch):
+    started = threading.Event()
+
+    def slow():
+        started.set()
+        time.sleep(0.2)
+        couplings.register("late", rolled, marginal="permutation")
+
+    monkeypatch.setattr(registry, "_entry_points_read", False)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint(slow)])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(couplings.methods)
+        started.wait()
+        assert Coupling("late") == Coupling("LATE")
+        first.result()

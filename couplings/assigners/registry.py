@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, get_args
 
 import torch
@@ -89,6 +90,7 @@ class Method:
     load: Callable[[], AssignFn] = field(repr=False)
     rectangular: bool = False
     ignores_condition: bool = False
+    leaves_operands: bool = False
 
     @cached_property
     def fn(self) -> AssignFn:
@@ -144,7 +146,7 @@ def _builtin(
         return fn
 
     info = MethodInfo(name, summary, exact, marginal, needs, shift_invariant, requires)
-    return Method(info, load, rectangular, ignores_condition)
+    return Method(info, load, rectangular, ignores_condition, leaves_operands=True)
 
 
 _BUILTIN = (
@@ -210,6 +212,7 @@ ALIASES: Mapping[str, str] = {"exact": "auction", "jv": "lapjv", "none": "indepe
 _registry: dict[str, Method] = {method.info.name: method for method in _BUILTIN}
 _lock = threading.RLock()
 _entry_points_read = False
+_reading_entry_points = False
 
 
 def methods(pattern: str = "*") -> list[MethodInfo]:
@@ -277,7 +280,7 @@ def register(
     Notes
     -----
     A package registers its methods on import of couplings through the entry-point group ``couplings.methods``:
-    each entry point names a function without arguments that calls `register`.
+    each entry point names a function without arguments that calls `register`, or a module that does on import.
 
     Examples
     --------
@@ -334,18 +337,48 @@ def _add(
 
 
 def _read_entry_points() -> None:
-    """Let installed packages register their methods, once."""
-    global _entry_points_read
+    """Let installed packages register their methods, once.
+
+    Raises
+    ------
+    ImportError
+        If one of them cannot be loaded, naming it: again at every call, since its methods stay unknown.
+    """
+    global _entry_points_read, _reading_entry_points
     if _entry_points_read:
         return
     with _lock:
-        if _entry_points_read:
+        # The functions called below may themselves ask for methods(); other threads wait until all are there.
+        if _entry_points_read or _reading_entry_points:
             return
-        # Set first: the functions called below may themselves ask for methods().
-        _entry_points_read = True
-        for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-            logger.debug("registering methods of %s", entry_point.value)
-            entry_point.load()()
+        _reading_entry_points = True
+        known = dict(_registry)
+        try:
+            for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+                logger.debug("registering methods of %s", entry_point.value)
+                _register_from(entry_point)
+            _entry_points_read = True
+        except BaseException:
+            _registry.clear()
+            _registry.update(known)
+            raise
+        finally:
+            _reading_entry_points = False
+
+
+def _register_from(entry_point: EntryPoint) -> None:
+    try:
+        found = entry_point.load()
+        if isinstance(found, ModuleType):  # it has registered its methods on import
+            return
+        found()
+    except Exception as error:
+        package = entry_point.dist.name if entry_point.dist is not None else "a package"
+        msg = (
+            f"{package} could not register its methods by its entry point {entry_point.value}: "
+            f"{type(error).__name__}: {error}. Mend it, or uninstall it."
+        )
+        raise ImportError(msg) from error
 
 
 def find(method: str | AssignFn) -> Method:
@@ -401,29 +434,31 @@ def check_index(index: object, n: int, m: int, marginal: Marginal, method: str, 
         A `ValueError`: if its shape or range is wrong, or it repeats rows that it promised not to.
     """
     try:
-        index = torch.as_tensor(index)
+        # A tensor stays where it is: `as_tensor` would move it to the process's default device.
+        index = index if isinstance(index, Tensor) else torch.as_tensor(index)
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"the method {method} must return an (n,) integer index, got {type(index).__name__}."
         raise TypeError(msg) from error
     if index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
         msg = f"the method {method} must return an integer index, got {index.dtype}."
         raise TypeError(msg)
+    mend = (
+        f"It was registered with marginal={marginal!r}."
+        if named
+        else "A function is held to a permutation; declare anything else: couplings.register(name, fn, marginal=...)."
+    )
     if tuple(index.shape) != (n,):
         msg = (
-            f"the method {method} must return an index of shape ({n},), a row of noise each, got {tuple(index.shape)}."
+            f"the method {method} must return an index of shape ({n},), a row of noise each, "
+            f"got {tuple(index.shape)}. {mend}"
         )
         raise BrokenPromiseError(msg)
     index = index.to(torch.int64)
     low, high = torch.aminmax(index)
     if int(low) < 0 or int(high) >= m:
-        msg = f"the method {method} returned rows {int(low)} to {int(high)}; the noise has rows 0 to {m - 1}."
+        msg = f"the method {method} returned rows {int(low)} to {int(high)}; the noise has rows 0 to {m - 1}. {mend}"
         raise BrokenPromiseError(msg)
     if marginal == "permutation" and len(torch.unique(index)) != n:
-        mend = (
-            "It was registered with marginal='permutation'."
-            if named
-            else "If that is meant, declare it: couplings.register(name, fn, marginal='resampled')."
-        )
         used = len(torch.unique(index))
         msg = f"the method {method} used {used} different noise rows for {n} data rows: no permutation. {mend}"
         raise BrokenPromiseError(msg)
