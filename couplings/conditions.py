@@ -18,15 +18,15 @@ from couplings.quantization import Operand
 CONDITION_METRICS = ("sqeuclidean", "cosine")
 
 
-def check_condition_options(weight: object, metric: object) -> None:
-    """Check ``condition_weight=`` and ``condition_metric=``.
+def check_condition_weight(weight: object) -> None:
+    """Check ``condition_weight=``.
 
     Raises
     ------
     TypeError
-        If the weight is no number.
+        If it is no number.
     ValueError
-        If it is negative or not finite, or the metric unknown.
+        If it is negative or not finite.
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         msg = f"condition_weight= takes a number, got {type(weight).__name__}."
@@ -34,8 +34,14 @@ def check_condition_options(weight: object, metric: object) -> None:
     if not 0.0 <= weight < float("inf"):
         msg = f"condition_weight= must be finite and not negative, got {weight}."
         raise ValueError(msg)
-    if metric not in CONDITION_METRICS:
+
+
+def canonical_condition_metric(metric: object) -> str:
+    """Lower-case the name in ``condition_metric=`` and check that it exists."""
+    key = metric.strip().lower() if isinstance(metric, str) else metric
+    if key not in CONDITION_METRICS:
         raise ValueError(unknown("condition_metric", metric, CONDITION_METRICS))
+    return str(key)
 
 
 def class_rows(labels: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from couplings._names import unknown
 from couplings._types import Marginal, Scope
 from couplings.assigners.randomness import private_generator
 from couplings.assigners.registry import find
-from couplings.conditions import check_condition_options
+from couplings.conditions import canonical_condition_metric, check_condition_weight
 from couplings.distances import Metric, canonical_metric, full_float32
 from couplings.inputs import Array
 from couplings.pairing import Batch, Pairing, Plan, pair
@@ -72,7 +72,8 @@ class Coupled:
         change = self.cost_before - self.cost
         if isinstance(change, Tensor):
             return torch.where(change == 0, torch.zeros_like(change), change / self.cost_before)
-        return np.asarray(change / self.cost_before if change else 0.0, dtype=self.cost.dtype)
+        with np.errstate(divide="ignore"):  # minus infinity, as torch says without a word
+            return np.asarray(change / self.cost_before if change else 0.0, dtype=self.cost.dtype)
 
     def apply(self, t: T) -> T:
         """Permute anything else that is tied to the noise, such as its seeds or its mask.
@@ -100,7 +101,7 @@ class Coupled:
         Gradients do not follow them to other ranks.
         """
         if self._apply is None:
-            return take_tied(t, torch.as_tensor(self.index), self._rows)
+            return take_tied(t, self.index, self._rows)
         moved: T = self._apply(t)
         return moved
 
@@ -157,11 +158,12 @@ class Coupling:
         self.options: dict[str, Any] = dict(options)
         if "wire" in options:
             self.options["wire"] = canonical_wire(options["wire"])
+        if "condition_metric" in options:
+            self.options["condition_metric"] = canonical_condition_metric(options["condition_metric"])
+        check_condition_weight(options.get("condition_weight", _SHARED_OPTIONS["condition_weight"]))
         self._check_options(entry.option_names, entry.info.name)
 
     def _check_options(self, known: frozenset[str] | None, method: str) -> None:
-        shared = {**_SHARED_OPTIONS, **self.options}
-        check_condition_options(shared["condition_weight"], shared["condition_metric"])
         for name in self.options:
             if name in _SHARED_OPTIONS:
                 continue
@@ -362,9 +364,11 @@ def check_tied(t: object, rows: int) -> None:
         raise ValueError(msg)
 
 
-def take_tied(t: T, index: Tensor, rows: int) -> T:
+def take_tied(t: T, index: Array, rows: int) -> T:
     """Check what `Coupled.apply` is given, and take the rows at `index`."""
     check_tied(t, rows)
+    if not isinstance(index, Tensor):
+        index = torch.from_numpy(index)
     if isinstance(t, Tensor):
         return t[index.to(t.device)]
     taken: T = t[index.cpu().numpy()]
@@ -403,8 +407,10 @@ def finish(pairing: Pairing, noise: Tensor, *, as_numpy: bool) -> Coupled:
     def out(value: Tensor) -> Any:
         return value.numpy() if as_numpy else value
 
+    # `index_select` is faster, but returns every memory format as contiguous.
+    moved = noise.index_select(0, pairing.index) if noise.is_contiguous() else noise[pairing.index]
     return Coupled(
-        noise=out(noise.index_select(0, pairing.index)),
+        noise=out(moved),
         index=out(pairing.index),
         marginal=pairing.marginal,
         cost=out(pairing.cost),

@@ -129,7 +129,10 @@ def check_condition(condition: Array, n: int, device: torch.device) -> Tensor:
         If it is neither, or not finite.
     """
     if isinstance(condition, np.ndarray):
-        condition = torch.from_numpy(np.array(condition))
+        if condition.dtype.kind not in "fiub" or condition.dtype.itemsize > 8:
+            msg = f"condition= must be integer or floating, got {condition.dtype}."
+            raise TypeError(msg)
+        condition = torch.from_numpy(condition.astype(condition.dtype.newbyteorder("=")))
     if not isinstance(condition, Tensor):
         msg = f"condition= takes a tensor or a NumPy array, got {_kind(condition)}."
         raise TypeError(msg)
@@ -137,11 +140,13 @@ def check_condition(condition: Array, n: int, device: torch.device) -> Tensor:
         msg = f"condition= must be integer or floating, got {condition.dtype}."
         raise TypeError(msg)
     condition = condition.detach().to(device)
+    if not condition.is_floating_point():
+        condition = condition.long()  # torch sorts no unsigned integers but bytes
     expected = f"({n}, c)" if condition.is_floating_point() else f"({n},)"
     if condition.dim() != (2 if condition.is_floating_point() else 1) or len(condition) != n:
-        kind = "floating" if condition.is_floating_point() else "integer"
+        kind = "a floating" if condition.is_floating_point() else "an integer"
         mend = " Use .unsqueeze(1) for one number per row, .long() for class labels." if condition.dim() == 1 else ""
-        msg = f"a {kind} condition= must have shape {expected}, a row per data row, got {tuple(condition.shape)}.{mend}"
+        msg = f"{kind} condition= must have shape {expected}, a row per data row, got {tuple(condition.shape)}.{mend}"
         raise ValueError(msg)
     if condition.is_floating_point() and not bool(torch.isfinite(condition).all()):
         msg = "condition= contains NaN or infinity."

@@ -164,3 +164,15 @@ def test_callables_take_conditions():
         expected = couple(data, noise, condition=condition, method="hungarian")
         assert torch.equal(coupled.index, expected.index)
         assert coupled.cost.item() == pytest.approx(expected.cost.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint64", ">i4", "bool"])
+def test_classes_come_in_arrays_of_any_integer_type(dtype):
+    data, noise, labels = gaussian(10, 3), gaussian(10, 3, seed=1), torch.arange(10) % 2
+    found = couple(data.numpy(), noise.numpy(), condition=labels.numpy().astype(dtype))
+    assert (found.index == couple(data, noise, condition=labels).index.numpy()).all()
+
+
+def test_classes_that_are_words_are_refused():
+    with pytest.raises(TypeError, match=r"condition.*integer or floating.*U1"):
+        couple(gaussian(2, 3).numpy(), gaussian(2, 3).numpy(), condition=np.array(["a", "b"]))

@@ -227,3 +227,33 @@ def test_from_dict_refuses_unknown_keys(key):
 def test_to_dict_refuses_callables(arguments):
     with pytest.raises(TypeError, match="register"):
         Coupling(**arguments).to_dict()
+
+
+@pytest.mark.parametrize("method", ["independent", "nearest", "sliced", "greedy"])
+def test_overflow_of_the_reported_distance_is_an_error_too(method):
+    x, y = X * 1e30, Y * 1e30
+    with pytest.raises(ValueError, match=r"finite.*float32.*float64"):
+        couple(x, y, method)
+    assert couple(x.double(), y.double(), method).cost.isfinite()
+    assert couple(x, y, method, metric="l1").cost.isfinite()
+
+
+def test_names_of_conditions_are_case_insensitive_too():
+    condition = torch.linspace(-1, 1, 8).reshape(4, 2)
+    found = couple(X, Y, metric=" L1 ", quantize=" Int8 ", condition=condition, condition_metric=" COSINE ")
+    assert torch.equal(
+        found.index, couple(X, Y, metric="l1", quantize="int8", condition=condition, condition_metric="cosine").index
+    )
+    assert Coupling(condition_metric="Cosine") == Coupling(condition_metric="cosine")
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 4], [0, 1, 2], [0, 0, 1, 2], [-1, 0, 1, 2]])
+def test_a_function_that_returns_no_permutation_is_told_how_to_declare_it(index):
+    with pytest.raises(ValueError, match=r"register\(.*marginal="):
+        couple(X, Y, lambda cost, *, generator=None: torch.tensor(index))
+
+
+def test_reduction_of_pairs_that_were_equal_is_minus_infinity_for_arrays_as_for_tensors():
+    x, y = torch.ones(2, 3), torch.cat([torch.ones(2, 3), 2 * torch.ones(2, 3)])
+    for data, noise in ((x, y), (x.numpy(), y.numpy())):
+        assert couple(data, noise, "nearest", score="dot").reduction == -np.inf

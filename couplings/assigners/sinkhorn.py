@@ -71,7 +71,8 @@ def assign(
     with phase("conversion"):
         centred = cost - cost.mean(1, keepdim=True)
         centred -= centred.mean(0)
-        deviation = centred.std(correction=0)
+        # Row by row: a sum over the whole matrix would be split, and rounded, as threads are available.
+        deviation = centred.square().mean(1).mean().sqrt()
         centred /= torch.where(deviation > 0, deviation, 1.0)
     mass = cost.new_full((n,), 1.0 / n)
     tolerance = 1e-5 / n**0.5

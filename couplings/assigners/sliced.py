@@ -14,6 +14,7 @@ from couplings.assigners.randomness import private_generator
 from couplings.distances import Metric, pair_costs
 
 _POWER_STEPS = 4
+_COORDINATES = 1024  # taken to float64 at a time
 
 
 def assign(
@@ -60,11 +61,12 @@ def assign(
         msg = "the method sliced builds no cost matrix and takes no callable metric: name one, or use another method."
         raise TypeError(msg)
     generator = generator or private_generator()
-    basis = torch.randn(data.shape[1], directions, generator=generator, device=generator.device).to(data)
+    draws = torch.randn(data.shape[1], directions, generator=generator, device=generator.device, dtype=torch.float32)
+    basis = draws.to(data.device).double()
     if axes == "principal":
         basis = _leading_axes(data, basis)
-    order_data = (data @ basis).argsort(dim=0, stable=True)
-    order_noise = (noise @ basis).argsort(dim=0, stable=True)
+    order_data = _project(data, basis).argsort(dim=0, stable=True)
+    order_noise = _project(noise, basis).argsort(dim=0, stable=True)
     best = torch.arange(len(data), device=data.device)
     least = pair_costs(data, noise, metric).mean()
     for from_data, from_noise in zip(order_data.T, order_noise.T, strict=True):
@@ -77,18 +79,33 @@ def assign(
     return best
 
 
+def _project(points: Tensor, basis: Tensor) -> Tensor:
+    """``points @ basis`` in float64, a slice of the coordinates at a time.
+
+    How a product is split over threads decides how it is rounded; in float32 that swaps neighbours in the order.
+    """
+    out = basis.new_zeros(len(points), basis.shape[1])
+    for start in range(0, len(basis), _COORDINATES):
+        part = slice(start, start + _COORDINATES)
+        out += points[:, part].double() @ basis[part]
+    return out
+
+
 def _leading_axes(data: Tensor, start: Tensor) -> Tensor:
     """Leading principal axes by subspace iteration (Halko et al. 2011, arXiv 0909.4061).
 
     `torch.pca_lowrank` would draw its start from the global random state.
     """
-    centred = data - data.mean(0)
+    mean = torch.cat([part.double().mean(0) for part in torch.split(data, _COORDINATES, dim=1)])
     basis = start
     for _ in range(_POWER_STEPS):
         basis, _ = torch.linalg.qr(basis)
-        basis = centred.T @ (centred @ basis)
+        seen = _project(data, basis) - mean @ basis
+        # The transposed product with the centred data: `seen` has mean zero, so that the mean drops out.
+        basis = torch.cat([part.double().T @ seen for part in torch.split(data, _COORDINATES, dim=1)])
     basis, _ = torch.linalg.qr(basis)
     # Rotated so that the columns are single axes, in order, and not just a basis of their span.
-    _, _, rotation = torch.linalg.svd(centred @ basis, full_matrices=False)
+    seen = _project(data, basis) - mean @ basis
+    _, _, rotation = torch.linalg.svd(seen, full_matrices=False)
     axes: Tensor = basis @ rotation.T
     return axes

@@ -214,3 +214,38 @@ def test_a_call_leaves_nothing_behind_for_the_next(case, draw):
     first = coupling(data, noise)
     coupling(noise[: len(data)] + 1, torch.flip(noise, [0]))
     assert torch.equal(coupling(data, noise).index, first.index)
+
+
+def test_noise_keeps_its_memory_format(case):
+    generator = torch.Generator().manual_seed(3)
+    data, noise = (torch.randn(rows, 3, 4, 5, generator=generator) for rows in (6, 6 * case.pool))
+    noise = noise.to(memory_format=torch.channels_last)
+    coupled = case(data, noise)
+    assert coupled.noise.is_contiguous(memory_format=torch.channels_last)
+    assert same_bits(coupled.noise, noise[coupled.index])
+
+
+def test_the_default_device_of_the_process_does_not_matter(case):
+    generator = torch.Generator().manual_seed(3)
+    data, noise = (torch.randn(rows, 5, generator=generator) for rows in (6, 6 * case.pool))
+    expected = case(data, noise)
+    with torch.device("meta"):
+        assert torch.equal(case(data, noise).index, expected.index)
+        assert (case(data.numpy(), noise.numpy()).apply(noise.numpy()) == expected.noise.numpy()).all()
+
+
+def test_one_thread_or_three_give_the_same_pairs_of_a_few_long_rows(case):
+    # Few rows and many coordinates: products are split over the coordinates, and rounded otherwise.
+    generator = torch.Generator().manual_seed(0)
+    data, noise = (torch.randn(rows, 8192, generator=generator) for rows in (64, 64 * case.pool))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case(data, noise))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(other.index, results[0].index)
+        assert torch.equal(other.cost, results[0].cost)
