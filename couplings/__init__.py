@@ -6,6 +6,9 @@
 >>> noise = couple(images, noise).noise
 """
 
+from importlib import import_module
+from typing import Any
+
 from couplings.assigners import MethodInfo, methods, register
 from couplings.coupling import Coupled, Coupling, couple
 from couplings.distances import metrics
@@ -26,3 +29,13 @@ __all__ = [
     "register",
     "warmup",
 ]
+
+_SUBMODULES = ("diagnostics", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``couplings.testing`` and ``couplings.diagnostics`` when first named, not with the package."""
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -297,7 +297,7 @@ def check_coupler(
         True: couple conditional data, of two classes far apart, and require p(noise | class) to be N(0, I)
         too. A tensor: the same with these classes. False: no condition. By default True if `fn` requires a
         third argument, or has one named ``condition``, and False otherwise. A function of two arguments is
-        not told the classes.
+        not told the classes; a third one that is None by default is told them if `condition` is given.
     data : (n, *shape) Tensor, optional
         Data to couple; by default 32 rows of ``(2, 2, 2)`` in two clusters. Noise is drawn in its dtype, onto
         its device.
@@ -339,7 +339,7 @@ def check_coupler(
     """
     _check_arguments(marginal, batches, false_alarm)
     draw = torch.Generator().manual_seed(seed)
-    call, wanted = _calling(fn)
+    call, wanted = _calling(fn, conditional=condition is not None and condition is not False)
     labels: Tensor | None = None
     if condition is True or (condition is None and wanted):
         labels = torch.arange(_ROWS if data is None else len(data)) % 2
@@ -387,8 +387,13 @@ def _labels(condition: object, n: int | None) -> Tensor:
     return labels.long()
 
 
-def _calling(fn: Callable[..., Any]) -> tuple[Callable[[Tensor, Tensor, Tensor | None], Any], bool]:
-    """How to hand `fn` its condition, and whether it asks for one."""
+def _calling(
+    fn: Callable[..., Any], *, conditional: bool
+) -> tuple[Callable[[Tensor, Tensor, Tensor | None], Any], bool]:
+    """How to hand `fn` its condition, and whether it asks for one.
+
+    A third argument that may be left out, and is None then, is taken for the condition if the caller speaks of one.
+    """
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):  # some builtins have no signature
@@ -397,7 +402,7 @@ def _calling(fn: Callable[..., Any]) -> tuple[Callable[[Tensor, Tensor, Tensor |
     named = parameters.get("condition")
     if named is not None and named.kind is not named.POSITIONAL_ONLY:
         return (lambda x, noise, c: fn(x, noise, condition=c)), True
-    if len(positional) > 2 and positional[2].default is inspect.Parameter.empty:
+    if len(positional) > 2 and positional[2].default in (inspect.Parameter.empty, *([None] if conditional else [])):
         return (lambda x, noise, c: fn(x, noise, c)), True
     return (lambda x, noise, _: fn(x, noise)), False
 

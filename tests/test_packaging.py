@@ -33,6 +33,17 @@ def test_public_names_are_exactly_these():
     assert all(hasattr(couplings, name) for name in couplings.__all__)
 
 
+def test_testing_and_diagnostics_are_there_when_first_named():
+    code = """
+import sys, couplings
+assert not {"couplings.testing", "couplings.diagnostics"} & set(sys.modules)
+print(couplings.testing.check_marginal("independent").permutation, callable(couplings.diagnostics.marginal_drift))
+"""
+    assert _run(code).split() == ["True", "True"]
+    with pytest.raises(AttributeError, match="nothing"):
+        couplings.nothing  # noqa: B018
+
+
 def test_version_is_stated_once():
     assert couplings.__version__ == PROJECT["version"]
     assert f"version: {couplings.__version__}" in (ROOT / "CITATION.cff").read_text()

@@ -191,6 +191,14 @@ def test_check_coupler_takes_own_data_and_classes():
     assert check_coupler(Coupling("auction"), data=data, condition=labels).rows == 48
 
 
+def test_check_coupler_tells_the_classes_to_a_third_argument_that_may_be_left_out():
+    def within(data, noise, labels=None):
+        return couple(data, noise, condition=labels).noise
+
+    assert check_coupler(within, condition=True).passed
+    assert check_coupler(within).leakage is None
+
+
 def test_a_random_row_lost_breaks_a_permutation_but_not_the_law():
     generator = own()
 
