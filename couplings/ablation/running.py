@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -79,6 +80,7 @@ def environment(threads: int | None) -> Record:
         "platform": described["platform"],
         "cpu": described["cpu"],
         "cpus": described["cpus"],
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "threads": threads or described["threads"],
         "devices": described["devices"],
         "packages": {name: version for name, version in packages.items() if version is not None},

@@ -147,16 +147,15 @@ def side_by_side(
         A group couples the same batch, and is measured by one process.
     settings : Settings
     jobs : int
-        Processes; the processors are shared out among their threads.
+        Processes, of one thread each: several threads would wait for each other on a machine that is busy.
 
     Yields
     ------
     Point, dict
         As they are finished.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = [list(group) for group in groups]
-    worlds = [World("quality", settings, threads) for _ in range(min(jobs, len(waiting)))]
+    worlds = [World("quality", settings, 1) for _ in range(min(jobs, len(waiting)))]
     busy: dict[World, list[Point]] = {}
     try:
         for world in worlds:

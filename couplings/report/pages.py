@@ -76,20 +76,23 @@ def _origins(read: Read) -> list[Section]:
     # What runs have in common is said once.
     alike: dict[str, list[dict[str, Any]]] = {}
     for run in read.runs:
-        common = {name: value for name, value in run.items() if name not in ("date", "commit", "command")}
+        common = {name: value for name, value in run.items() if name not in ("date", "load", "commit", "command")}
         alike.setdefault(str(common), []).append(run)
     machine: list[Any] = []
     for runs in alike.values():
         run = runs[0]
         devices = ", ".join(device["name"] for device in run["devices"]) or "no GPU"
         packages = ", ".join(f"{name} {version}" for name, version in sorted(run["packages"].items()))
-        dates = dict.fromkeys(each["date"][:16].replace("T", " ") for each in runs)
+        dates = dict.fromkeys(
+            f"{each['date'][:16].replace('T', ' ')} UTC" + (f" (load {each['load']:g})" if each.get("load") else "")
+            for each in runs
+        )
         commits = dict.fromkeys(str(each["commit"]) for each in runs if each["commit"])
         machine.append(
             f"{run['cpu']}, {run['cpus']} processors, {run['threads']} thread{'s' * (run['threads'] != 1)} where time "
             f"was taken, {devices}; {run['platform']}; couplings {run['couplings']}"
             f"{' at commit ' if commits else ''}{', '.join(commits)}, Python {run['python']}. {packages}. "
-            f"Begun {', '.join(dates)} UTC."
+            f"Begun {', '.join(dates)}; a load above the number of processors means that others were using them."
         )
     if any(str(run["commit"]).endswith("+") for run in read.runs):
         machine.append("+: with changes that were not committed.")

@@ -208,6 +208,7 @@ def _plain(environment: Record) -> Record:
         "platform": environment["system"],
         "cpu": hardware["cpu"],
         "cpus": hardware["cores"],
+        "load": hardware["load"],
         "threads": environment["threads"],
         "devices": [],
         "packages": versions,
