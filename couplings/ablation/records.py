@@ -71,9 +71,13 @@ class Log:
     def __init__(self, path: Path, *, restart: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("ab")
-        _lock(self._file, path)
-        self.records, size = ([], 0) if restart else read_records(path)
-        self._file.truncate(size)
+        try:
+            _lock(self._file, path)
+            self.records, size = ([], 0) if restart else read_records(path)
+            self._file.truncate(size)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Log:
         return self
