@@ -23,7 +23,7 @@ __all__ = ["Settings", "World", "side_by_side"]
 
 Record = dict[str, Any]
 
-_READY = 300.0  # seconds for imports and for compiling kernels
+_READY = 1800.0  # seconds for imports and for compiling kernels, on a machine that is busy
 
 
 class Settings:
