@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -54,6 +55,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 # -- measuring
 
 
+def _progress(doing: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {doing}", file=sys.stderr, flush=True)
+
+
 def _clock(call: Callable[[], Any], ranks: int, repeats: int = REPEATS) -> list[float]:
     """Seconds of each call on the slowest rank, all starting together; the first call is not counted."""
     seconds = []
@@ -90,6 +95,8 @@ def _rank(rank: int, ranks: int, meeting: str, out: str) -> None:
     pairs = [dist.new_group([first, first + 1]) for first in range(0, ranks, 2)] if ranks > 2 else []
     records: list[Record] = []
     for rows in ROWS:
+        if rank == 0:
+            _progress(f"{ranks} ranks, {rows} rows each")
         data, noise = _batch(rank, rows)
         for name, options in CONTENDERS.items():
             if ranks == 1 and name != "local":
@@ -168,6 +175,7 @@ def _pools() -> list[Record]:
     """One process with batches of growing size: what more rows gain, and the time to solve."""
     records = []
     for rows in POOLS:
+        _progress(f"pool of {rows} rows")
         data, noise = _batch(0, rows)
         x, y = data.flatten(1), noise.flatten(1)
         cost = (x @ y.T).mul_(-2)
@@ -186,6 +194,7 @@ def _pools() -> list[Record]:
 def measure() -> list[Record]:
     """Run everything; ranks in processes of their own."""
     torch.set_num_threads(1)
+    place = environment(1, None)  # first: what this program does is not the load of others
     records = _pools()
     for ranks in RANKS:
         with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +203,6 @@ def measure() -> list[Record]:
                 _rank, (ranks, str(Path(folder) / "store"), str(out)), nprocs=ranks, start_method="spawn"
             )
             records += json.loads(out.read_text())
-    place = environment(1, None)
     return [{**record, "environment": place} for record in records]
 
 
