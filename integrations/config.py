@@ -7,8 +7,10 @@ the file is read once for those two names and then parsed for exactly that pair.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import textwrap
@@ -21,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 RECIPES = Path(__file__).parent / "recipes"
+LAUNCH = Path(__file__).parent / "launch"
 
 
 @dataclass
@@ -171,6 +174,8 @@ class StableDiffusion:
         Sampling scheme.
     guidance_scale :
         Classifier-free guidance when sampling; 1 is none.
+    autoencoder_parameters :
+        How many parameters the autoencoder has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["stable_diffusion"] = "stable_diffusion"
@@ -183,6 +188,7 @@ class StableDiffusion:
     noise_offset: float = 0.0
     sampler: Literal["ddim", "pndm"] = "ddim"
     guidance_scale: float = 1.0
+    autoencoder_parameters: int | None = None
 
 
 @dataclass
@@ -204,6 +210,8 @@ class ConditionUnet:
         diffusers' attention_head_dim.
     norm_groups :
         Groups of the group normalisations; must divide every number of channels.
+    parameters :
+        How many parameters the network has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["condition_unet"] = "condition_unet"
@@ -212,6 +220,7 @@ class ConditionUnet:
     layers_per_block: int = 2
     head_channels: int = 8
     norm_groups: int = 32
+    parameters: int | None = None
 
 
 @dataclass
@@ -226,11 +235,14 @@ class Mlp:
         Channels of the residual stream.
     depth :
         Number of blocks.
+    parameters :
+        How many parameters the network has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["mlp"] = "mlp"
     width: int = 256
     depth: int = 3
+    parameters: int | None = None
 
 
 @dataclass
@@ -251,6 +263,8 @@ class ConvNext:
         Hidden channels of a block's MLP, in multiples of the width.
     kernel_size :
         Side of the depthwise convolution, in patches.
+    parameters :
+        How many parameters the network has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["convnext"] = "convnext"
@@ -259,6 +273,7 @@ class ConvNext:
     depth: int = 4
     expansion: int = 3
     kernel_size: int = 5
+    parameters: int | None = None
 
 
 @dataclass
@@ -281,6 +296,8 @@ class Unet:
         Groups of the group normalisations; must divide every number of channels.
     head_channels :
         Channels per attention head; null is a single head.
+    parameters :
+        How many parameters the network has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["unet"] = "unet"
@@ -290,6 +307,7 @@ class Unet:
     dropout: float = 0.1
     norm_groups: int = 32
     head_channels: int | None = None
+    parameters: int | None = None
 
 
 @dataclass
@@ -314,6 +332,10 @@ class Ncsnpp:
         Dropout probability.
     norm_groups :
         Groups of the group normalisations; must divide every number of channels.
+    classes :
+        Classes that the network can be told, for ``consistency``; null is an unconditional network.
+    parameters :
+        How many parameters the network has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["ncsnpp"] = "ncsnpp"
@@ -324,6 +346,8 @@ class Ncsnpp:
     fourier_scale: float = 16.0
     dropout: float = 0.0
     norm_groups: int = 32
+    classes: int | None = None
+    parameters: int | None = None
 
 
 @dataclass
@@ -346,6 +370,10 @@ class Adm:
         Dropout probability.
     norm_groups :
         Groups of the group normalisations; must divide every number of channels.
+    classes :
+        Classes that the network can be told, for ``consistency``; null is an unconditional network.
+    parameters :
+        How many parameters the network has, for readers; ``--plan`` holds it against the count.
     """
 
     name: Literal["adm"] = "adm"
@@ -355,6 +383,8 @@ class Adm:
     head_channels: int = 64
     dropout: float = 0.0
     norm_groups: int = 32
+    classes: int | None = None
+    parameters: int | None = None
 
 
 @dataclass
@@ -495,6 +525,8 @@ class Train:
         Arithmetic of the network.
     ema_decay :
         Decay per step of the averaged weights that are sampled from.
+    further_ema_decays :
+        Decays of further averages, kept beside the first one; ``evaluate.ema_decay`` samples from them.
     ema_ramp :
         Start the decay small: min(ema_decay, (1 + n) / (10 + n)) at step n.
     gradient_checkpointing :
@@ -519,6 +551,7 @@ class Train:
     seed: int = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     ema_decay: float = 0.9999
+    further_ema_decays: list[float] = field(default_factory=list)
     ema_ramp: bool = True
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -547,6 +580,8 @@ class Evaluate:
         ``inception`` is the network of the published FID (torch-fidelity).
     seed :
         Seed of the sampling noise.
+    ema_decay :
+        Which of the averaged weights to sample from; null is ``train.ema_decay``.
     """
 
     steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
@@ -554,6 +589,21 @@ class Evaluate:
     batch_size: int = 500
     features: str = "classifier"
     seed: int = 0
+    ema_decay: float | None = None
+
+
+@dataclass
+class Launch:
+    """The machines a recipe is meant for; decides what ``--plan`` tells, and nothing else.
+
+    Parameters
+    ----------
+    config :
+        Path of an accelerate configuration, or the name of one in ``integrations/launch``; null is one
+        process without a launcher.
+    """
+
+    config: str | None = None
 
 
 PLAIN_SOURCES = ("digits", "photo-crops", "cifar10", "celeba", "tiny-imagenet", "imagenet")
@@ -586,15 +636,17 @@ class Recipe:
     coupling: CouplingSection
     train: Train
     evaluate: Evaluate
+    launch: Launch
     output: Path
     resume: bool = False
+    plan: bool = False
 
     def sections(self) -> dict[str, Any]:
         """Return the recipe as plain nested values, as ``recipe.yaml`` holds them."""
         values = dataclasses.asdict(self)
         values["output"] = str(self.output)
         values["optimizer"]["betas"] = list(self.optimizer.betas)
-        del values["name"], values["resume"]
+        del values["name"], values["resume"], values["plan"]
         return values
 
     def text(self) -> str:
@@ -631,8 +683,9 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
     """
     path = recipe_path(argv[0])
     parser = _parser(path, prog)
+    overlaid, overrides = _overlay(argv[1:], parser)
     try:
-        parsed = parser.parse_args(["--recipe", str(path), *argv[1:]])
+        parsed = parser.parse_args(["--recipe", str(path), *overlaid, *overrides])
     except ArgumentError as error:
         message = str(error).strip()
         msg = f"{path}: {message}{_suggestion(message, parser)}"
@@ -642,6 +695,7 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
         name=path.stem,
         output=Path(values.output or f"runs/{path.stem}"),
         resume=values.resume == "auto",
+        plan=values.plan,
         **{section: values[section] for section in SECTIONS},
     )
     try:
@@ -652,7 +706,7 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
     return recipe
 
 
-SECTIONS = ("objective", "data", "model", "optimizer", "coupling", "train", "evaluate")
+SECTIONS = ("objective", "data", "model", "optimizer", "coupling", "train", "evaluate", "launch")
 KINDS: dict[str, list[type]] = {
     "objective": list(OBJECTIVES.values()),
     "data": [Data],
@@ -661,18 +715,12 @@ KINDS: dict[str, list[type]] = {
     "coupling": [CouplingSection],
     "train": [Train],
     "evaluate": [Evaluate],
+    "launch": [Launch],
 }
 
 
 def _parser(path: Path, prog: str) -> ArgumentParser:
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        msg = f"{path}: not valid YAML: {error}"
-        raise RecipeError(msg) from None
-    if not isinstance(raw, dict):
-        msg = f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
-        raise RecipeError(msg)
+    raw = _read(path)
 
     def named(section: str, known: dict[str, type]) -> type:
         value = raw.get(section)
@@ -692,6 +740,7 @@ def _parser(path: Path, prog: str) -> ArgumentParser:
         "coupling": CouplingSection,
         "train": Train,
         "evaluate": Evaluate,
+        "launch": Launch,
     }
     for section, kind in types.items():
         parser.add_argument(f"--{section}", type=kind, default=kind())
@@ -702,7 +751,53 @@ def _parser(path: Path, prog: str) -> ArgumentParser:
         default=None,
         help="auto: continue from the newest intact checkpoint in the output folder, or start if there is none",
     )
+    parser.add_argument(
+        "--overlay", type=str | None, default=None, help="a file of overrides, or the name of a bundled one"
+    )
+    parser.add_argument("--plan", action="store_true", help="say what a run would be and need, and do not train")
     return parser
+
+
+def _overlay(argv: list[str], parser: ArgumentParser) -> tuple[list[str], list[str]]:
+    """Return the overrides of the overlay that ``argv`` names, and the rest of ``argv``.
+
+    In an overlay the values of ``objective`` and ``model`` stand under the names of those they are for:
+    one file fits every recipe.
+    """
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--overlay")
+    named, rest = option.parse_known_args(argv)
+    if named.overlay is None:
+        return [], rest
+    places = (Path(named.overlay), RECIPES / "overlays" / f"{named.overlay}.yaml")
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        known = sorted(place.stem for place in (RECIPES / "overlays").glob("*.yaml"))
+        msg = f"--overlay: got {named.overlay!r}, expected a file or one of {', '.join(known)}"
+        raise RecipeError(msg)
+    overrides = []
+    for section, values in _read(path).items():
+        if section in ("objective", "model"):
+            values = values.get(parser.get_defaults()[section].name, {})
+        if not isinstance(values, dict):
+            msg = f"{path}: {section}: got {values!r}, expected fields and their values"
+            raise RecipeError(msg)
+        for field_name, value in values.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            overrides.append(f"--{section}.{field_name}={text}")
+    return overrides, rest
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        msg = f"{path}: not valid YAML: {error}"
+        raise RecipeError(msg) from None
+    if not isinstance(raw, dict):
+        msg = f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
+        raise RecipeError(msg)
+    return raw
 
 
 def check(recipe: Recipe) -> None:
@@ -727,10 +822,20 @@ def check(recipe: Recipe) -> None:
         train.global_batch_size % train.batch_size_per_device == 0,
         "train.global_batch_size",
         train.global_batch_size,
-        f"a multiple of train.batch_size_per_device = {train.batch_size_per_device}",
+        f"a multiple of train.batch_size_per_device = {train.batch_size_per_device} ({train.global_batch_size} / "
+        f"{train.batch_size_per_device} = {train.global_batch_size / max(1, train.batch_size_per_device):.2f})",
     )
     expect(train.seed >= 0, "train.seed", train.seed, "at least 0")
     expect(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "at least 0 and below 1")
+    decays = [train.ema_decay, *train.further_ema_decays]
+    expect(
+        len(set(decays)) == len(decays) and all(0 <= decay < 1 for decay in decays),
+        "train.further_ema_decays",
+        train.further_ema_decays,
+        f"numbers at least 0 and below 1, each once, and not train.ema_decay = {train.ema_decay}",
+    )
+    kept = [None, *decays]
+    expect(recipe.evaluate.ema_decay in kept, "evaluate.ema_decay", recipe.evaluate.ema_decay, f"one of {kept}")
     expect(recipe.optimizer.lr > 0, "optimizer.lr", recipe.optimizer.lr, "a positive number")
     clip = recipe.optimizer.clip
     expect(clip is None or clip > 0, "optimizer.clip", clip, "a positive number or null")
@@ -773,6 +878,10 @@ def check(recipe: Recipe) -> None:
         expect(recipe.objective.total_steps >= 1, "objective.total_steps", recipe.objective.total_steps, "at least 1")
         most = max(recipe.evaluate.steps)
         expect(most <= s1 + 1, "evaluate.steps", recipe.evaluate.steps, f"at most objective.s1 + 1 = {s1 + 1}")
+    if isinstance(model, Ncsnpp | Adm) and model.classes is not None:
+        expect(model.classes >= 2, "model.classes", model.classes, "at least 2, or null")
+        tells = isinstance(recipe.objective, Consistency)
+        expect(tells, "model.classes", model.classes, f"null for {recipe.objective.name}")
     if isinstance(model, Unet | Adm | Ncsnpp):
         levels = model.multipliers if isinstance(model, Ncsnpp) else model.channels
         expect(

@@ -80,22 +80,33 @@ class Levels:
 
 
 class ConsistencyObjective(Objective):
-    """Predictions from neighbouring noise levels, pulled together."""
+    """Predictions from neighbouring noise levels, pulled together.
+
+    Parameters
+    ----------
+    config : Consistency
+        The recipe's section.
+    shape : tuple of int
+        Shape of a row of data.
+    classes : int, optional
+        Classes of the data that the network is told; None for an unconditional one.
+    """
 
     pipeline_name = "ConsistencyModelPipeline"
     config: Consistency
 
-    def __init__(self, config: Consistency, shape: tuple[int, ...]) -> None:
+    def __init__(self, config: Consistency, shape: tuple[int, ...], classes: int | None = None) -> None:
         super().__init__(config, shape)
+        self.classes = classes
         self.target: nn.Module | None = None
         self.lpips: Lpips | None = None
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, blank: bool = False) -> None:
         """Take the target network, an average of the trained one (``ct``), and the metric."""
         if self.config.variant == "ct":
             self.target = copy.deepcopy(model).requires_grad_(False)
         if self.config.loss == "lpips":
-            self.lpips = Lpips.pretrained()
+            self.lpips = Lpips.blank() if blank else Lpips.pretrained()
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the target network."""
@@ -128,12 +139,13 @@ class ConsistencyObjective(Objective):
     def loss(self, model: nn.Module, data: Tensor, noise: Tensor, draws: Draws, **context: Any) -> Tensor:
         """Return each row's distance between its two predictions."""
         mixed = self.mix(data, noise, draws)
+        told = {} if self.classes is None else {"class_labels": context["labels"]}
         # The same dropout mask on both sides: the global generator is set back in between.
         devices = [data.device] if data.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             teacher = model if self.target is None else self.target
-            target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner)
-        prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier)
+            target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner, **told)
+        prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier, **told)
         difference = (prediction - target).flatten(1)
         if self.lpips is not None:
             distance = self.lpips(prediction, target)
@@ -144,10 +156,10 @@ class ConsistencyObjective(Objective):
             distance = (difference.square().sum(1) + c**2).sqrt() - c
         return distance * mixed.weight
 
-    def denoise(self, model: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(self, model: nn.Module, x: Tensor, sigma: Tensor, **told: Tensor) -> Tensor:
         """Return the consistency function of ``x`` at noise level ``sigma`` (n,), in float32."""
         c_skip, c_out, c_in = (rows(c, x) for c in scalings(self.config, sigma))
-        return c_skip * x + c_out * model(c_in * x, 250 * sigma.log()).sample.float()
+        return c_skip * x + c_out * model(c_in * x, 250 * sigma.log(), **told).sample.float()
 
     def scheduler(self) -> CMStochasticIterativeScheduler:
         """Return the sampler."""
@@ -167,8 +179,11 @@ class ConsistencyObjective(Objective):
         scheduler = self.scheduler()
         scheduler.set_timesteps(steps, device=noise.device)
         x = self.config.sigma_max * noise
+        told = {}
+        if self.classes is not None:
+            told["class_labels"] = torch.arange(first, first + len(noise), device=noise.device) % self.classes
         for t in scheduler.timesteps:
-            prediction = model(scheduler.scale_model_input(x, t), t.float()).sample
+            prediction = model(scheduler.scale_model_input(x, t), t.float(), **told).sample
             x = scheduler.step(prediction, t, x, generator=generator).prev_sample
         return x.clamp(-1, 1)
 

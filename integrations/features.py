@@ -72,11 +72,12 @@ class Classifier(nn.Module):
         return network.requires_grad_(False)
 
 
-class Inception(nn.Module):
-    """The network of the published FID: torch-fidelity's port of the 2015 Inception graph.
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+"""torch-fidelity's weights, looked for in ``torch.hub.get_dir()/checkpoints`` and downloaded otherwise."""
 
-    torch-fidelity looks for its weights in ``torch.hub.get_dir()/checkpoints`` and downloads them otherwise.
-    """
+
+class Inception(nn.Module):
+    """The network of the published FID: torch-fidelity's port of the 2015 Inception graph."""
 
     num_features = 2048
 

@@ -24,12 +24,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from couplings import Coupling
 
 from . import checkpoint, pictures
+from .averages import Averages
 from .config import Optimizer, Recipe, RecipeError
 from .data import Batch, Piece, Source, load_source, to_signed
 from .models import build_model
@@ -149,19 +149,14 @@ class Run:
         except FileNotFoundError as error:
             raise RecipeError(str(error)) from None
         self.optimizer = build_optimizer(recipe.optimizer, model)
-        self.ema = EMAModel(
-            model.parameters(),
-            decay=train.ema_decay,
-            min_decay=0.0 if train.ema_ramp else train.ema_decay,
-            update_after_step=-1,  # the ramp then starts at 2/11
-        )
+        self.averages = Averages(train, model)
         self.bare_model = model
         if train.compile:
             # In place: a wrapper would change the names of the weights.
             for network in (model, *self.objective.networks().values()):
                 network.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
-        self.ema.to(self.device)
+        self.averages.to(self.device)
         self.objective.to(self.device)
         self.step = 0
         self.unreadable: set[str] = set()
@@ -229,11 +224,7 @@ class Run:
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         # Copied into the existing parameters: the memory that the kernels see stays as it was.
         self.bare_model.load_state_dict(found.tensors("model"))
-        names = [name for name, _ in self.bare_model.named_parameters()]
-        averaged = found.tensors("ema")
-        for shadow, name in zip(self.ema.shadow_params, names, strict=True):
-            shadow.copy_(averaged[name])
-        self.ema.optimization_step = found.state["ema_step"]
+        self.averages.restore({name: found.tensors(name) for name in self.averages.of}, found.state["ema_step"])
         checkpoint.restore_optimizer(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
@@ -251,17 +242,16 @@ class Run:
         """
         self._check_finite()
         if self.accelerator.is_main_process:
-            names = [name for name, _ in self.bare_model.named_parameters()]
             optimizer, plain = checkpoint.optimizer_state(self.optimizer)
             scaler = self.accelerator.scaler
             tensors = {
                 "model": self.bare_model.state_dict(),
-                "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+                **self.averages.tensors(),
                 "optimizer": optimizer,
                 **{name: network.state_dict() for name, network in self.objective.networks().items()},
             }
             state = {
-                "ema_step": self.ema.optimization_step,
+                "ema_step": self.averages.steps,
                 "optimizer": plain,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
@@ -363,7 +353,7 @@ class Run:
             losses.append(loss.detach())
             reductions.append(torch.as_tensor(reduction))
             milliseconds += spent
-        self.ema.step(self.bare_model.parameters())
+        self.averages.follow()
         self.step += 1
         self.objective.after_step(self.bare_model, self.step)
         return torch.stack(losses).mean(), torch.stack(reductions).mean(), milliseconds
@@ -421,25 +411,13 @@ class Run:
 
     # Results
 
-    @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """Lend the network with its averaged weights, in evaluation mode."""
-        self.ema.store(self.bare_model.parameters())
-        self.ema.copy_to(self.bare_model.parameters())
-        self.bare_model.eval()
-        try:
-            yield self.bare_model
-        finally:
-            self.ema.restore(self.bare_model.parameters())
-            self.bare_model.train()
-
     def draw(self, path: Path, images: int = 64) -> None:
         """Write a grid of samples."""
         if not self.accelerator.is_main_process:
             return
         generator = torch.Generator().manual_seed(address(self.recipe.evaluate.seed, 0, 0, 1, "sample"))
         noise = torch.randn(images, *self.objective.shape, generator=generator).to(self.device)
-        with self.averaged() as model, torch.no_grad():
+        with self.averages.lent() as model, torch.no_grad():
             samples = self.objective.sample(model, noise, max(self.recipe.evaluate.steps), generator)
         path.parent.mkdir(exist_ok=True)
         grid = pictures.grid(samples)
@@ -453,7 +431,7 @@ class Run:
         output = self.recipe.output
         if self.accelerator.is_main_process:
             self.draw(output / "samples" / f"step-{self.step}.png")
-            with self.averaged() as model:
+            with self.averages.lent() as model:
                 self.objective.export(model, output / "pipeline")
         self.accelerator.wait_for_everyone()
         if self.recipe.train.tracker:

@@ -76,6 +76,18 @@ class Lpips(nn.Module):
         linear = torch.load(learned, map_location="cpu", weights_only=True)
         return cls(vgg, [linear[f"lin{i}.model.1.weight"] for i in range(len(_STAGES))])
 
+    @classmethod
+    def blank(cls) -> Lpips:
+        """Make one with weights of zeros: to see how much memory it takes."""
+        vgg, width, number = {}, 3, 0
+        for stage in _STAGES:
+            for following in stage:
+                vgg[f"features.{number}.weight"] = torch.zeros(following, width, 3, 3)
+                vgg[f"features.{number}.bias"] = torch.zeros(following)
+                width, number = following, number + 2
+            number += 1  # the pooling
+        return cls(vgg, [torch.zeros(1, stage[-1], 1, 1) for stage in _STAGES])
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the activations of the five stages, each of unit length over its channels."""
         x = images.float().expand(-1, 3, -1, -1)

@@ -14,6 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from . import checkpoint, config
+from .averages import group
 from .config import Recipe
 from .data import Source, load_source, to_signed, to_uint8
 from .features import Classifier, Inception, train_classifier
@@ -65,7 +66,8 @@ def load_trained(path: Path, overrides: list[str] | None = None) -> Trained:
     source = load_source(recipe.data)
     objective = build_objective(recipe, source)
     model = build_model(recipe.model, objective)
-    model.load_state_dict({**found.tensors("model"), **found.tensors("ema")})
+    average = group(recipe.train, recipe.evaluate.ema_decay)
+    model.load_state_dict({**found.tensors("model"), **found.tensors(average)})
     objective.to(device)
     return Trained(recipe, found.step, source, objective, model.eval().requires_grad_(False).to(device), device)
 

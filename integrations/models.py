@@ -18,15 +18,15 @@ from .small_networks import ConvNextModel, MlpModel
 def build_model(config: Any, objective: Objective) -> ModelMixin:
     """Build the network that a recipe names, for the data of ``objective``."""
     channels, side, _ = objective.shape
+    options = dataclasses.asdict(config)
+    del options["name"], options["parameters"]
     if isinstance(config, ConditionUnet):
         return _condition_unet(config, channels, side, objective.caption_width)
     if isinstance(config, Mlp | ConvNext):
-        options = dataclasses.asdict(config)
-        kind = {"mlp": MlpModel, "convnext": ConvNextModel}[options.pop("name")]
+        kind = MlpModel if isinstance(config, Mlp) else ConvNextModel
         return kind(sample_size=side, in_channels=channels, out_channels=channels, **options)
     if isinstance(config, Ncsnpp):
-        options = dataclasses.asdict(config)
-        del options["name"]
+        options["num_class_embeds"] = options.pop("classes")
         return NcsnppModel(sample_size=side, in_channels=channels, out_channels=channels, **options)
     common = {
         "sample_size": side,
@@ -48,6 +48,7 @@ def build_model(config: Any, objective: Objective) -> ModelMixin:
             upsample_type="resnet",
             # Without it the middle attention would have no normalisation.
             attn_norm_num_groups=config.norm_groups,
+            num_class_embeds=config.classes,
         )
     assert isinstance(config, Unet)
     return UNet2DModel(

@@ -7,13 +7,11 @@ offset of the noise is added after the coupling, so that it is not what the pair
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -35,6 +33,50 @@ SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+# The frozen networks of Stable Diffusion 1.x, and who publishes them.
+VERSION_1 = (
+    *(f"CompVis/stable-diffusion-v1-{minor}" for minor in range(1, 5)),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+)
+AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+}
+TINY_AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 8,
+}
+TINY_WORDS = 2 * 256 + 2  # bytes within and at the end of a word, start and end of the text
+TINY_TEXT = {
+    "vocab_size": TINY_WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 77,
+    "bos_token_id": TINY_WORDS - 2,
+    "eos_token_id": TINY_WORDS - 1,
+    "pad_token_id": TINY_WORDS - 1,
+}
 
 
 class StableDiffusionObjective(DiffusionObjective):
@@ -46,14 +88,16 @@ class StableDiffusionObjective(DiffusionObjective):
         The recipe's section.
     source : Source
         Its images are encoded, the names of its classes are the captions.
+    blank : bool
+        Build the frozen networks of a known pipeline without its weights, to count and measure them.
     """
 
     pipeline_name = "StableDiffusionPipeline"
     config: StableDiffusion
 
-    def __init__(self, config: StableDiffusion, source: Source) -> None:
+    def __init__(self, config: StableDiffusion, source: Source, *, blank: bool = False) -> None:
         self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type=config.prediction)
-        vae, text_encoder, tokenizer = load_frozen(config)
+        vae, text_encoder, tokenizer = blank_frozen(config) if blank else load_frozen(config)
         channels, height, width = source.shape
         if config.caption == "class" and source.classes == [""]:
             msg = "objective.caption: got 'class', but the data has no names of classes: expected empty"
@@ -168,53 +212,59 @@ class StableDiffusionObjective(DiffusionObjective):
         save_pipeline(pipeline, folder, arguments)
 
 
+def blank_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, None]:
+    """Build the frozen networks that a recipe names with weights of no meaning.
+
+    Raises
+    ------
+    RecipeError
+        If their sizes are neither known here nor in a local folder.
+    """
+    name, folder = config.pretrained, Path(config.pretrained)
+    if (folder / "vae" / "config.json").is_file():
+        vae: Any = AutoencoderKL.load_config(folder / "vae")
+        text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    elif name == "tiny-random":
+        vae, text = TINY_AUTOENCODER, CLIPTextConfig(**TINY_TEXT)
+    elif name in VERSION_1:
+        vae, text = AUTOENCODER, CLIPTextConfig(**TEXT)
+    else:
+        msg = (
+            f"objective.pretrained: the sizes of {name!r} are not known here; expected a local folder, tiny-random or "
+            f"one of {', '.join(VERSION_1)}"
+        )
+        raise RecipeError(msg)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.frozen_precision])  # tensors without content cannot be converted in place
+    try:
+        networks = AutoencoderKL.from_config(vae), CLIPTextModel(text)
+    finally:
+        torch.set_default_dtype(usual)
+    return *(network.eval().requires_grad_(False) for network in networks), None
+
+
 def load_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
     """Load the autoencoder, the text encoder and the tokenizer, all frozen."""
-    if config.pretrained == "tiny-random":
-        with tempfile.TemporaryDirectory() as folder:
-            write_tiny(Path(folder))
-            return _load(folder, config)
-    return _load(config.pretrained, config)
-
-
-def _load(name: str, config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[config.frozen_precision]
-    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
-    text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+    name, dtype = config.pretrained, DTYPES[config.frozen_precision]
+    if name == "tiny-random":
+        vae, text_encoder, tokenizer = make_tiny()
+        vae, text_encoder = vae.to(dtype), text_encoder.to(dtype)
+    else:
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
+        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype)
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
     return align(vae.eval().requires_grad_(False)), align(text_encoder.eval().requires_grad_(False)), tokenizer
 
 
-def write_tiny(folder: Path) -> None:
-    """Write a small random autoencoder (factor 2), text encoder and tokenizer, the same every time."""
+def make_tiny() -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
+    """Make a small random autoencoder (factor 2), text encoder and tokenizer, the same every time.
+
+    Not by way of a file: transformers writes nothing on any but the first of several processes.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=8,
-        )
-        letters = list(bytes_to_unicode().values())
-        words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-        text = CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            max_position_embeddings=77,
-            bos_token_id=len(words) - 2,
-            eos_token_id=len(words) - 1,
-            pad_token_id=len(words) - 1,
-        )
-        weights = CLIPTextModel(text).state_dict()
-    text.save_pretrained(folder / "text_encoder")
-    # save_pretrained would write on the first process only, and here every process needs its own.
-    save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
-    vae.save_pretrained(folder / "vae")
+        vae, text_encoder = AutoencoderKL(**TINY_AUTOENCODER), CLIPTextModel(CLIPTextConfig(**TINY_TEXT))
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
+    return vae, text_encoder, CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)

@@ -9,12 +9,15 @@ from . import config
 
 PROG = "python -m integrations.train"
 USAGE = f"""usage: {PROG} RECIPE.yaml [--section.field VALUE ...] [--output FOLDER] [--resume auto]
+       {PROG} RECIPE.yaml [...] --plan
 
 Trains what the recipe describes and writes to its output folder (default runs/<recipe name>):
 recipe.yaml, metrics.jsonl, checkpoints/step-<N>/, samples/ and, at the end, pipeline/.
 
   RECIPE.yaml --help     every field of that recipe, with its meaning, type and default
   --resume auto          continue from the newest intact checkpoint, or start if there is none
+  --overlay smoke        in small, to try the machinery on a CPU; or a file of overrides of your own
+  --plan                 print sizes, memory, cost and the launch line of the recipe's machines, and do not train
 
 RECIPE.yaml is a file or one of the bundled recipes: """
 
@@ -39,7 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     from .loop import TrainingError, train
 
     try:
-        train(recipe)
+        if recipe.plan:
+            from .plan import plan
+
+            print(plan(recipe, argv))
+        else:
+            train(recipe)
     except (config.RecipeError, DataError, TrainingError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
