@@ -10,7 +10,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from tiny_recipes import TINY, tiny
 
@@ -382,37 +384,59 @@ def rank(recipe, rank, world, port):
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    set_seed(0)  # the same on every rank, as scripts do: their noise differs nevertheless
     loop.train(recipe, progress=False)
     torch.distributed.destroy_process_group()
+
+
+def train_with_two_processes(recipe, processes):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [processes.Process(target=rank, args=(recipe, i, 2, port)) for i in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("flow-matching-digits", ["--coupling.method", "independent", "--data.flip", "true"]),
+        ("flow-matching-digits", ["--coupling.scope", "global", "--train.further_ema_decays", "[0.5]"]),
         ("consistency-digits", ["--coupling.scope", "global", "--optimizer.lr", "1e-4"]),
         ("stable-diffusion-digits", []),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, processes, name, options):
-    options = ["--train.steps", "5", *options]
-    one = tiny(name, tmp_path / "one", *options)
-    two = tiny(name, tmp_path / "two", *options)
-    loop.train(one, progress=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [processes.Process(target=rank, args=(two, i, 2, port)) for i in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    assert [child.exitcode for child in children] == [0, 0]
+    # One process accumulates four blocks, each of two accumulates two.
+    options = ["--train.steps", "5", "--train.global_batch_size", "32", *options]
+    loop.train(tiny(name, tmp_path / "one", *options), progress=False)
+    train_with_two_processes(tiny(name, tmp_path / "two", *options), processes)
     for a, b in zip(trace(tmp_path / "one"), trace(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
     a, b = weights(tmp_path / "one", 5), weights(tmp_path / "two", 5)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_two_processes_in_bfloat16_follow_one_in_float32_within_two_percent(tmp_path, processes):
+    options = ["--train.steps", "5", "--train.global_batch_size", "32", "--coupling.scope", "global"]
+    loop.train(tiny("ddim-digits", tmp_path / "one", *options), progress=False)
+    rounded = tiny("ddim-digits", tmp_path / "two", *options, "--train.mixed_precision", "bf16")
+    train_with_two_processes(rounded, processes)
+    for a, b in zip(trace(tmp_path / "one"), trace(tmp_path / "two"), strict=True):
+        assert b[1] == pytest.approx(a[1], rel=0.02)
+        assert b[1] != a[1]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch):
+    Accelerator(cpu=True)  # believes to be alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(loop.TrainingError, match="started 2 processes, but accelerate sees 1"):
+        loop.Run(make("ddim-digits"))
 
 
 def test_blocks_that_do_not_divide_among_the_processes_are_refused_with_the_arithmetic(make):
