@@ -66,6 +66,8 @@ def test_evaluate_writes_a_line_for_each_number_of_steps(run, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["sampling_steps"] for line in lines] == [1, 2]
     assert all(line["fid"] > 0 and line["kid"] > 0 and line["samples"] == 80 for line in lines)
+    # Distances in other features, or of other samples, do not compare: a line says whose they are.
+    assert all((line["features"], line["seed"], line["coupling"]) == ("classifier", 0, "auction") for line in lines)
     assert "kid" in capsys.readouterr().out
 
 
