@@ -32,6 +32,7 @@ GROUPS = 256  # no more groups than this
 MISSES = 16  # searches over lists that fail, times four, less those that succeed, until they are passed over
 OPENINGS = 64  # rows that a search over lists may open
 SMALL = 64  # matrices this narrow keep whole rows in their lists
+TOP = np.int16(32767)  # above the sum of any sketched cost and price
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -75,31 +76,63 @@ class Work(NamedTuple):
     hits: Integers
 
 
-@jit(fastmath={"nnan", "nsz", "reassoc"})
-def lowest(row: Any) -> Any:
-    """Smallest entry; free to compare in any order, which lets it run in vector registers."""
-    x = row[0]
-    for j in range(row.size):
-        x = row[j] if row[j] < x else x
-    return x
+@jit
+def lowest(bits: Any, found: Any) -> None:
+    """Write the bits of the smallest of a row of floats, given as integers, to ``found[0]``.
+
+    LLVM compares floats one after another, but integers in vector registers; those of negative floats are in
+    descending order, and are turned round.
+    """
+    kind = bits.dtype.type
+    sign = kind(8 * bits.itemsize - 1)
+    rest = kind(~(1 << sign))
+    x = rest
+    for j in range(bits.size):
+        k = kind(bits[j] ^ ((bits[j] >> sign) & rest))
+        x = k if k < x else x
+    found[0] = x ^ ((x >> sign) & rest)
 
 
 @jit
-def smallest(C: Any, low: Floats, start: int, stop: int) -> None:
+def smallest(C: Any, bits: Any, low: Floats, start: int, stop: int) -> None:
     """Smallest cost of every row."""
+    found = np.empty(1, bits.dtype)
     for i in range(start, stop):
-        low[i] = lowest(C[i])
+        lowest(bits[i], found)
+        low[i] = found.view(C.dtype)[0]
 
 
 @jit
-def survey(C: Any, low: Floats, sketch: Shorts, steps: float, start: int, stop: int) -> None:
-    """Smallest cost of every row and, while the row is in the cache, its sketch with `steps` per unit of cost."""
+def survey(C: Any, bits: Any, low: Floats, sketch: Shorts, steps: Any, start: int, stop: int) -> None:
+    """Smallest cost of every row and, while the row is in the cache, its sketch with `steps` per unit of cost.
+
+    All in the precision of the matrix, whose rounding `steps`, of that type, must make up for.
+    """
+    most = C.dtype.type(COARSE)
+    found = np.empty(1, bits.dtype)
     for i in range(start, stop):
-        r = np.float64(lowest(C[i]))
+        lowest(bits[i], found)
+        r = found.view(C.dtype)[0]
         low[i] = r
         for j in range(C.shape[1]):
-            x = (np.float64(C[i, j]) - r) * steps
-            sketch[i, j] = short(x if x < COARSE else COARSE)
+            x = (C[i, j] - r) * steps
+            sketch[i, j] = short(x if x < most else most)
+
+
+@jit
+def stagger(C: Any, low: Floats) -> tuple[float, int]:
+    """Total above the row minima of the best of four cyclic assignments, and its first column."""
+    n, m = C.shape
+    best = np.inf
+    first = 0
+    for k in range(4):
+        total = 0.0
+        for i in range(n):
+            total += np.float64(C[i, (i + m * k // 4) % m]) - low[i]
+        if total < best:
+            best = total
+            first = m * k // 4
+    return best, first
 
 
 @jit
@@ -267,9 +300,11 @@ def gather(sketch: Shorts, i: int, p: Shorts, mins: Shorts, t: Any, hits: Intege
     n = 0
     last = columns.size - 1
     for k in range(count):
-        for j in range(hits[k], p.size, g):
+        j = hits[k]
+        while j < p.size:  # a range with a step would divide
             columns[min(n, last)] = j
             n += 1 if short(sketch[i, j] + p[j]) <= t else 0
+            j += g
         if n > last:
             return -1
     return n
@@ -380,6 +415,63 @@ def bid(
 
 
 @jit
+def least(x: Shorts) -> Any:
+    """Smallest of a few shorts."""
+    best = x[0]
+    for b in range(x.size):
+        best = x[b] if x[b] < best else best
+    return best
+
+
+@jit
+def haggle(
+    sketch: Shorts, p: Shorts, owner: Integers, mate: Integers, free: Integers, count: int, eps: int, limit: int
+) -> tuple[int, int]:
+    """Do what `bid` does on the sketch alone, all columns at a time: while epsilon is coarse, prices may be as well.
+
+    Stops at a price that a sketch cannot hold. Returns the number of free rows left, and of bids made.
+    """
+    narrow = np.empty(groups(p.size), np.int16)
+    bids = 0
+    while count > 0 and bids < limit:
+        i = free[count - 1]
+        skim(sketch, i, p, narrow)
+        h = fold(narrow)
+        mins = narrow[:h]
+        best = least(mins)
+        # The first group with the best column, without a branch; then that column and the best of all others.
+        b = short(h)
+        for k in range(h):
+            x = short(k) if mins[k] == best else short(h)
+            b = x if x < b else b
+        mins[b] = TOP
+        second = least(mins)
+        j = np.int64(-1)
+        column = np.int64(b)
+        while column < p.size:
+            x = short(sketch[i, column] + p[column])
+            if x == best and j < 0:
+                j = column
+            else:
+                second = x if x < second else second
+            column += h
+        price = p[j] + (second - best) + eps
+        if price > COARSE:
+            break
+        bids += 1
+        count -= 1
+        p[j] = price
+        previous = owner[j]
+        owner[j] = i
+        mate[i] = j
+        if previous >= 0:
+            mate[previous] = -1
+            free[count] = previous
+            count += 1
+    return count, bids
+
+
+@jit
 def dual(costs: Costs, i: int, prices: Prices, lists: Lists, work: Work, known: float) -> float:
     """Least ``level + price`` of a row, of which one column is `known`."""
     p = prices.exact
@@ -409,6 +501,28 @@ def loosen(costs: Costs, prices: Prices, lists: Lists, owner: Integers, mate: In
             mate[i] = -1
         free[count] = i
         count += 1
+    return count
+
+
+@jit
+def variety(sketch: Shorts, taken: Shorts) -> int:
+    """Count the rows that find a column within a step of their least cost which no earlier row has found."""
+    n, m = sketch.shape
+    count = 0
+    for i in range(n):
+        for start in range(0, m, 128):
+            stop = min(start + 128, m)
+            found = short(1)
+            for j in range(start, stop):
+                x = short(sketch[i, j] | taken[j])
+                found = x if x < found else found
+            if found == 0:
+                j = start
+                while sketch[i, j] | taken[j]:
+                    j += 1
+                taken[j] = 1
+                count += 1
+                break
     return count
 
 
@@ -487,13 +601,15 @@ def search(
     m = p.size
     dist[:] = np.inf
     closed[:] = 0.0
+    found = np.empty(1, np.int64)
     row = source
     base = 0.0
     while True:
         relax(costs, row, p, base, dist, back)
         for j in range(m):
             key[j] = dist[j] + closed[j]
-        d = lowest(key)
+        lowest(key.view(np.int64), found)
+        d = found.view(np.float64)[0]
         nearest = -1
         for j in range(m):
             if key[j] == d:
@@ -640,32 +756,49 @@ def augment(
 
 @jit
 def slacks(costs: Costs, prices: Prices, mate: Integers, slack: Floats, dual: Floats, start: int, stop: int) -> None:
-    """Row duals (least ``level + price``) and how far each row's own column is above it; reads the whole matrix."""
-    C, low, scale, _, _ = costs
+    """Row duals (least ``level + price``) and how far each row's own column is above it; looks at every column.
+
+    A column that the sketch puts above the row's own, rounded down as it is, cannot be the least.
+    """
+    C, low, scale, sketch, step = costs
     p = prices.exact
-    mins = np.empty(groups(p.size))
+    mins, narrow, hits = room(p.size)
+    columns = np.empty(LIST, np.int64)
     for i in range(start, stop):
-        u = np.inf
-        if p.size > SMALL:
-            scan(C, i, low[i], scale, p, mins)
-            for b in range(mins.size):
-                u = mins[b] if mins[b] < u else u
-        else:
-            for j in range(p.size):
-                u = min(u, level(C[i, j], low[i], scale) + p[j])
-        dual[i] = u
         j = mate[i]
-        slack[i] = level(C[i, j], low[i], scale) + p[j] - u if j >= 0 else np.inf
+        own = level(C[i, j], low[i], scale) + p[j] if j >= 0 else np.inf
+        u = own
+        n = -1
+        if sketch.shape[1] > 0 and own < prices.base + COARSE * step:
+            skim(sketch, i, prices.coarse, narrow)
+            n = gather(sketch, i, prices.coarse, narrow, short((own - prices.base) / step), hits, columns)
+            for k in range(n):
+                u = min(u, level(C[i, columns[k]], low[i], scale) + p[columns[k]])
+        if n < 0:
+            if p.size > SMALL:
+                scan(C, i, low[i], scale, p, mins)
+                for b in range(mins.size):
+                    u = mins[b] if mins[b] < u else u
+            else:
+                for k in range(p.size):
+                    u = min(u, level(C[i, k], low[i], scale) + p[k])
+        dual[i] = u
+        slack[i] = own - u
 
 
 @jit
 def lossless(C: Any, low: Floats, scale: float) -> bool:
     """Whether every cost that can matter is a whole number of levels, so that the fixed point is the float matrix."""
+    near = C.dtype.type(scale)
     for i in range(C.shape[0]):
-        losses = 0
+        doubts = np.int32(0)
         for j in range(C.shape[1]):
-            x = np.float64(C[i, j]) * scale
-            losses += (x != np.rint(x)) & ((np.float64(C[i, j]) - low[i]) * scale < CAP)
-        if losses > 0:
-            return False
+            # The scale is a power of two: a product is rounded only if it vanishes or overflows (inf - inf is not 0).
+            x = C[i, j] * near
+            doubts = np.int32(doubts | np.int32((x - np.rint(x) != 0) | ((x == 0) != (C[i, j] == 0))))
+        if doubts != 0:
+            for j in range(C.shape[1]):
+                y = np.float64(C[i, j]) * scale
+                if y != np.rint(y) and (np.float64(C[i, j]) - low[i]) * scale < CAP:
+                    return False
     return True

@@ -23,6 +23,8 @@ FINAL = 1e-4  # last epsilon
 SHRINK = 7.0  # from one phase to the next
 WAR = 30  # bids a row in one phase: more than all phases take together where prices do not run away
 RANGE = 8.0  # standard deviations of the cost that a sketch resolves
+FINE = 3.0  # steps of the sketch down to which epsilon is settled on it
+NORMAL = 1e-30  # least number of a sketch's steps per unit of cost, and one over the greatest: safe in float32
 SERIAL = 2_000_000  # matrices with fewer entries are read by one thread
 
 
@@ -88,7 +90,8 @@ def solve(
     max_seconds : float, optional
         Wall-clock time after which to do so. The only argument by which the answer can differ between runs.
     warm_start : (m,) array, optional
-        ``Solution.prices`` of a similar problem with the same columns.
+        ``Solution.prices`` of a similar problem with the same columns: the closer it is, the more bids they save.
+        They change no optimum, and are not used where columns outnumber rows.
     threads : int, optional
         Threads that read the matrix (default 1). The answer does not depend on it.
 
@@ -127,9 +130,10 @@ def solve(
     deadline = math.inf if max_seconds is None else time.perf_counter() + max_seconds
     C = np.ascontiguousarray(cost).view()
     C.flags.writeable = False  # one kernel signature for all callers, and a promise kept by Numba
+    warm = None if warm_start is None else np.asarray(warm_start, np.float64)
     with phase("conversion"):
         search = _Search(C, 1 if threads is None or C.size < SERIAL else threads, deadline)
-    return search.run(tolerance, math.inf if max_bids is None else max_bids, warm_start)
+    return search.run(tolerance, math.inf if max_bids is None else max_bids, warm)
 
 
 def _check(
@@ -165,18 +169,19 @@ class _Search:
         self.reads = 0
         self.low = np.empty(n)
         self.spread = self._spread()
-        # Sketching pays where rows are long; its steps are a power of two, so that it rounds down exactly.
-        fine = kernels.COARSE / (RANGE * self.spread) if self.spread > 0.0 else math.inf
-        self.steps = math.ldexp(1.0, math.floor(math.log2(fine))) if 0.0 < fine < 1e300 else 0.0
-        if m <= kernels.SMALL:
-            self.steps = 0.0
+        # Sketching pays where rows are long. Its steps are a power of two, for one to be a whole number of levels.
+        fine = kernels.COARSE / (RANGE * self.spread) if self.spread > 0.0 and m > kernels.SMALL else 0.0
+        self.steps = math.ldexp(1.0, math.floor(math.log2(fine))) if NORMAL < fine < 1.0 / NORMAL else 0.0
         self.sketch = np.empty((n, m if self.steps else 0), np.int16)
+        bits = C.view(f"i{C.itemsize}")
         if self.steps:
-            self._over_rows(kernels.survey, C, self.low, self.sketch, self.steps)
+            # A cost less its row's minimum is rounded, maybe up; the sketch must not be.
+            steps = C.dtype.type(self.steps * (1.0 - 4.0 * float(np.finfo(C.dtype).eps)))
+            self._over_rows(kernels.survey, C, bits, self.low, self.sketch, steps)
         else:
-            self._over_rows(kernels.smallest, C, self.low)
-        self.mate = np.arange(n)
-        self.ceiling = self._feasible()
+            self._over_rows(kernels.smallest, C, bits, self.low)
+        self.ceiling, first = kernels.stagger(C, self.low)
+        self.mate = (np.arange(n) + first) % m  # the first matching
 
     def _over_rows(self, kernel: Callable[..., object], *arguments: object) -> None:
         over_rows(lambda start, stop: kernel(*arguments, start, stop), self.n, self.threads)
@@ -184,20 +189,11 @@ class _Search:
     def _spread(self) -> float:
         """Return a standard deviation of the costs, less rows and columns, that a few huge entries cannot move."""
         sample = self.C[:: self.n // 32 + 1, :: self.m // 64 + 1].astype(np.float64)
-        sample -= np.median(sample, axis=1, keepdims=True)
-        sample -= np.median(sample, axis=0)
-        return 1.5 * float(np.median(np.abs(sample)))
-
-    def _feasible(self) -> float:
-        """Total above the row minima of the best of a few cyclic assignments, which stays as the first matching."""
-        rows = np.arange(self.n)
-        best = math.inf
-        for shift in {self.m * k // 4 for k in range(4)}:
-            columns = (rows + shift) % self.m
-            total = float((self.C[rows, columns].astype(np.float64) - self.low).sum())
-            if total < best:
-                best, self.mate = total, columns
-        return best
+        rows, columns = sample.shape
+        # Partitions, not np.median: that takes longer than all other steps of a small solve.
+        sample -= np.partition(sample, columns // 2, axis=1)[:, columns // 2, None]
+        sample -= np.partition(sample, rows // 2, axis=0)[rows // 2]
+        return 1.5 * float(np.partition(np.abs(sample), sample.size // 2, axis=None)[sample.size // 2])
 
     def run(self, tolerance: float, max_bids: float, warm: npt.NDArray[np.float64] | None) -> Solution:
         """Solve, and again with finer levels where the first feasible assignment made them too coarse."""
@@ -222,13 +218,14 @@ class _Search:
         step = scale / self.steps if self.steps else 0.0
         sketch = self.sketch if step >= 1.0 else self.sketch[:, :0].copy()
         self.costs = kernels.Costs(self.C, self.low, scale, sketch, step)
-        self._open(np.zeros(m))
         free = np.empty(n, np.int64)
         self._release(free)
         if m == n:
-            best = self._scale(free, tolerance, max_bids)
+            best = self._scale(free, tolerance, max_bids, warm)
             if best is not None:
                 return best
+        else:
+            self._open(np.zeros(m))
         left = kernels.loosen(self.costs, self.prices, self.lists, self.owner, self.mate, free)
         left = self._bid(free, left, 0.0, min(max_bids, self.bids + 20 * n))
         while left and not self._spent(max_bids):
@@ -237,17 +234,32 @@ class _Search:
         self._complete(free[:left])
         return self._solution()
 
-    def _scale(self, free: npt.NDArray[np.int64], tolerance: float, max_bids: float) -> Solution | None:
+    def _scale(
+        self, free: npt.NDArray[np.int64], tolerance: float, max_bids: float, warm: npt.NDArray[np.float64] | None
+    ) -> Solution | None:
         """Epsilon scaling: a matching of all rows, nearly tight, or none of them; a solution if that is good enough."""
         n = self.n
-        calm = kernels.openings(self.lists, np.zeros(n, np.bool_)) > n // 2
+        spread = min(self.spread or self.ceiling / n, self.ceiling) * self.costs.scale
+        eps, start = START * spread, np.zeros(n)
+        if warm is not None:
+            # With the first epsilon all the same: a smaller one would take long to correct a price that is too high.
+            start = np.rint(np.minimum((warm.max() - warm) * self.costs.scale, kernels.CAP))
+        calm = False
+        if not self.costs.sketch.size:
+            self._open(start)
+            calm = kernels.openings(self.lists, np.zeros(n, np.bool_)) > n // 2
+        elif warm is None and kernels.variety(self.costs.sketch, np.zeros(n, np.int16)) > n // 2:
+            self._open(start)
+            calm = True
+        else:
+            eps, best = self._haggle(free, start, eps, tolerance, max_bids)
+            if best is not None:
+                return best
         if calm:
             # Little competition: bids without epsilon may settle most rows, and any epsilon would only blur ties.
             if self._bid(free, n, 0.0, min(max_bids, self.bids + 4 * n)) <= n // 8:
                 return None
             self._release(free)
-        spread = min(self.spread or self.ceiling / n, self.ceiling) * self.costs.scale
-        eps = START * spread
         reduced = False
         while True:
             bids, self.reads = self.bids, 0
@@ -273,6 +285,39 @@ class _Search:
             eps = max(eps / SHRINK, FINAL * spread)
             self._release(free)
             self._price(self.prices.exact)
+
+    def _haggle(
+        self, free: npt.NDArray[np.int64], start: npt.NDArray[np.float64], eps: float, tolerance: float, max_bids: float
+    ) -> tuple[float, Solution | None]:
+        """Do the first phases on the sketch; return the next epsilon, and a solution if one is good enough."""
+        first, step = eps, self.costs.step
+        p = np.minimum(start / step, kernels.COARSE).astype(np.int16)
+        while eps >= FINE * step:
+            left, end = self.n, min(max_bids, self.bids + WAR * self.n)
+            while left and not self._spent(end):
+                limit = int(min(end - self.bids, self._patience()))
+                left, bids = kernels.haggle(
+                    self.costs.sketch, p, self.owner, self.mate, free, left, round(eps / step), limit
+                )
+                self.bids += bids
+                if bids < limit:
+                    break
+            if left and not self._spent(max_bids):
+                # A price war, or a price too high to sketch: begin anew, on the lists.
+                self._release(free)
+                self._open(np.zeros(self.n))
+                return first, None
+            if left:
+                break
+            if tolerance > 0.0:
+                self._price(p.astype(np.float64) * step)
+                best = self._solution()
+                if best.gap <= tolerance:
+                    return eps, best
+            eps /= SHRINK
+            self._release(free)
+        self._open(p.astype(np.float64) * step)
+        return eps, None
 
     def _open(self, prices: npt.NDArray[np.float64]) -> None:
         """Start at these prices, with lists to match: old lists hold only while prices rise."""
@@ -306,12 +351,16 @@ class _Search:
         self.mate = np.full(self.n, -1)
         free[:] = np.arange(self.n - 1, -1, -1)
 
+    def _patience(self) -> int:
+        """Bids between two looks at the clock."""
+        return 1 << 62 if self.deadline == math.inf else max(256, 20_000_000 // self.m)
+
     def _bid(self, free: npt.NDArray[np.int64], left: int, eps: float, max_bids: float) -> int:
         """Run the auction on the first `left` of the stack `free`; return how many rows it leaves there."""
         while left and not self._spent(max_bids):
-            limit = min(max_bids - self.bids, 1 << 62 if self.deadline == math.inf else max(256, 20_000_000 // self.m))
+            limit = int(min(max_bids - self.bids, self._patience()))
             left, bids, reads = kernels.bid(
-                self.costs, self.prices, self.lists, self.owner, self.mate, free, left, eps, int(limit)
+                self.costs, self.prices, self.lists, self.owner, self.mate, free, left, eps, limit
             )
             self.bids += bids
             self.reads += reads
@@ -337,8 +386,8 @@ class _Search:
         p, scale = self.prices.exact, self.costs.scale
         total = math.fsum(self._chosen().tolist())
         # Any prices give a bound: n columns pay at most the n largest.
-        paid = np.sort(p)[self.m - self.n :]
-        bound = math.fsum(self.low.tolist() + (dual / scale).tolist() + (-paid / scale).tolist())
+        paid = p if self.m == self.n else np.sort(p)[self.m - self.n :]
+        bound = math.fsum(self.low.tolist() + ((dual - paid) / scale).tolist())
         if not kernels.lossless(self.C, self.low, scale):
             bound = math.nextafter(bound - self.n / scale, -math.inf)
         bound = min(bound, total)

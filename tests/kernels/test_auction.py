@@ -109,6 +109,15 @@ def test_warm_start_is_taken_and_changes_no_optimum():
     assert solve(cost, warm_start=1e9 * rng.standard_normal(80)).total == pytest.approx(first.total, rel=1e-6)
 
 
+def test_warm_start_saves_bids_on_a_similar_problem():
+    rng = np.random.default_rng(8)
+    cost = np.array(FAMILIES["image-like"](300, rng), dtype=np.float32)
+    similar = cost + np.float32(0.05) * rng.standard_normal(cost.shape).astype(np.float32)
+    warm = solve(similar, warm_start=solve(cost).prices)
+    assert warm.total == pytest.approx(optimum(similar), rel=1e-9)
+    assert warm.bids < 0.8 * solve(similar).bids
+
+
 @pytest.mark.parametrize("name", ["image-like", "points-1d", "blocks"])
 def test_threads_change_nothing(name):
     cost = np.array(FAMILIES[name](600, np.random.default_rng(6)), dtype=np.float32)
