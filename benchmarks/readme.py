@@ -13,7 +13,8 @@ from pathlib import Path
 
 import couplings
 
-from . import training, training_report
+from . import report, training, training_report
+from .record import Records
 
 ROOT = Path(__file__).parents[1]
 RECORDS = (ROOT / "docs" / "demo.json",)
@@ -53,6 +54,11 @@ def training_table() -> str:
     return training_report.block(training_report.Results(training.read(training.RESULTS / "training.jsonl")))
 
 
+def solvers_paragraph() -> str:
+    """Words on how fast assignment and coupling are, from the records of `benchmarks.solvers`."""
+    return report.paragraph(Records(ROOT / "benchmarks" / "results" / "solvers.jsonl"))
+
+
 def with_block(text: str, name: str, content: str) -> str:
     """Replace the block `name` of a text.
 
@@ -77,8 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     readme = ROOT / "README.md"
     old = readme.read_text()
     new = old
-    for name, table in (("methods", methods_table), ("demo", demo_table), ("training", training_table)):
-        new = with_block(new, name, table())
+    blocks = {
+        "methods": methods_table,
+        "demo": demo_table,
+        "training": training_table,
+        "solvers": solvers_paragraph,
+    }
+    for name, block in blocks.items():
+        new = with_block(new, name, block())
     if arguments.check:
         return int(new != old)
     readme.write_text(new)

@@ -20,7 +20,12 @@ PACKAGES = (
 ROOT = Path(__file__).parents[1]
 
 
-def environment(threads: int, extra_path: str | None, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
+def environment(
+    threads: int,
+    extra_path: str | None,
+    packages: tuple[str, ...] = PACKAGES,
+    sources: tuple[str, ...] = ("couplings",),
+) -> dict[str, Any]:
     """Hardware, versions, commit and date.
 
     Parameters
@@ -30,11 +35,13 @@ def environment(threads: int, extra_path: str | None, packages: tuple[str, ...] 
         Folder with further packages.
     packages : tuple of str
         Whose versions matter.
+    sources : tuple of str
+        Files and folders of the checkout that decide what is measured.
 
     Returns
     -------
     dict
-        ``kernels`` is the last commit that touched the library, with "+" if the checkout differs from it; a version is
+        ``kernels`` is the last commit that touched the sources, with "+" if the checkout differs from it; a version is
         None where the package is absent.
     """
     return {
@@ -49,8 +56,8 @@ def environment(threads: int, extra_path: str | None, packages: tuple[str, ...] 
         "versions": {name: _version(name, extra_path) for name in packages},
         "threads": threads,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "kernels": _git("log", "-1", "--format=%h", "--", "couplings")
-        + ("+" if _git("status", "--porcelain", "--", "couplings") else ""),
+        "kernels": _git("log", "-1", "--format=%h", "--", *sources)
+        + ("+" if _git("status", "--porcelain", "--", *sources) else ""),
         "committed": _git("show", "-s", "--format=%cs", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -41,6 +41,12 @@ LEAST = 2.0  # seconds that a call may take at any size
 PATIENCE = 5.0  # seconds beyond twice the limit before a call is ended
 LARGE = 16384  # solved by us alone, for the memory it takes
 REFERENCES = (OURS, "scipy")  # not held to the shorter limit of the hard families
+KERNELS = ("couplings/kernels",)
+COUPLE = (
+    *KERNELS,
+    *(f"couplings/{name}" for name in ("assigners", "coupling.py", "distances.py", "inputs.py", "pairing.py")),
+)
+SOURCES = {"couple": COUPLE, "step": COUPLE}  # what a task measures of the library; KERNELS for the others
 GROWTH = 2.5  # exponent by which a time is predicted from that of the next smaller size
 
 
@@ -63,11 +69,11 @@ class Config:
         Seconds after which it has, however often it ran.
     """
 
-    limit: float = 40.0
+    limit: float = 25.0
     hard_limit: float = 1.5
     runs: int = 25
     share: float = 1.0
-    most: float = 30.0
+    most: float = 20.0
 
 
 QUICK = Config(limit=5.0, hard_limit=1.0, runs=3, share=0.5, most=2.0)
@@ -241,11 +247,11 @@ def run(arguments: argparse.Namespace, records: Records) -> None:
     with fresh() as worker:
         for position, group in enumerate(todo, 1):
             label = f"[{position}/{len(todo)}, {time.perf_counter() - begun:4.0f} s] {group}"
-            if done(group, records, here, config, resume=arguments.resume):
+            now = environment(arguments.threads, arguments.extra_path, sources=SOURCES.get(group.task, KERNELS))
+            if done(group, records, now, config, resume=arguments.resume):
                 print(f"{label}: on record")
                 continue
             print(f"{label}: {len(group.contenders)} contenders", flush=True)
-            now = environment(arguments.threads, arguments.extra_path)
             cell = {"task": group.task, "family": group.family, "n": group.n}
             results = measure(group, records, config, worker, fresh)
             records.replace([cell | result | {"config": vars(config), "environment": now} for result in results])
