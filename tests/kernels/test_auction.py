@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -190,3 +193,26 @@ def test_options_out_of_range_are_refused(option):
 def test_warm_start_of_another_width_is_refused():
     with pytest.raises(ValueError, match="warm_start"):
         solve(np.eye(3), warm_start=np.zeros(2))
+
+
+def test_warmup_leaves_nothing_to_compile():
+    code = """
+        import numpy as np
+        import couplings
+        couplings.warmup()
+        from couplings.kernels import _assignment
+        from couplings.kernels.auction import solve
+        from tests.kernels.families import FAMILIES
+
+        def compiled():
+            kernels = {k: v for k, v in vars(_assignment).items() if hasattr(v, "signatures")}
+            return {k: len(v.signatures) for k, v in kernels.items()}
+
+        before = compiled()
+        for dtype in (np.float32, np.float64):
+            for family in FAMILIES.values():
+                for rows, columns in ((3, 3), (20, 60), (100, 100), (70, 90)):
+                    solve(np.array(family(columns, np.random.default_rng(0))[:rows], dtype=dtype))
+        assert compiled() == before, {k: v for k, v in compiled().items() if v != before[k]}
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=280)
