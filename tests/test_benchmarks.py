@@ -148,7 +148,7 @@ def test_a_slow_solver_is_predicted_and_says_so(tmp_path):
     results = solvers.measure(_group(OURS, "slow", "hangs", n=2048), records, solvers.Config(), worker, None)
     assert set(worker.calls) == {OURS}
     assert results[1]["note"] == "predicted 181.0 s; limit 12.5 s"
-    assert results[2]["note"] == "a smaller size did not finish; limit 20.0 s"
+    assert results[2]["note"] == "a smaller size did not finish; limit 12.5 s"
 
 
 def test_only_what_was_measured_with_this_library_counts_as_done(tmp_path):
