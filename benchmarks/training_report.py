@@ -59,17 +59,15 @@ class Results:
             for steps, value in record["frechet"].items():
                 at = self.curves.setdefault(arm, {}).setdefault(int(steps), {}).setdefault(record["step"], {})
                 at[record["seed"]] = value
-        self.kinds = [kind for kind in KINDS if self._shared_steps(kind, OURS)]
-        self.last = {kind: max(self._shared_steps(kind, OURS)) for kind in self.kinds}
         self.steps = sorted({n for curve in self.curves.values() for n in curve})
+        shared = {kind: self._shared_steps(kind, OURS) for kind in KINDS}
+        self.kinds = [kind for kind, steps in shared.items() if steps]
+        self.last = {kind: max(shared[kind]) for kind in self.kinds}
 
     def _shared_steps(self, kind: str, pairing: str) -> set[int]:
-        """Return the training steps at which a way of pairing and its baseline were measured."""
-        both = [
-            {step for curve in self.curves.get(f"{kind}-{name}", {}).values() for step in curve}
-            for name in (BASE, pairing)
-        ]
-        return both[0] & both[1]
+        """Return the training steps at which a way of pairing and its baseline were measured in full."""
+        curves = [self.curves.get(f"{kind}-{name}", {}).get(n, {}) for name in (BASE, pairing) for n in self.steps]
+        return set.intersection(*(set(curve) for curve in curves))
 
     def of(self, kind: str, **fields: Any) -> list[Record]:
         """Return the records of a kind with the fields given."""
@@ -133,7 +131,8 @@ def _spread(values: dict[int, float]) -> str:
 def _percent(change: tuple[float, bool] | None) -> str:
     if change is None:
         return ""
-    text = f"{100 * change[0]:+.0f}%"
+    percent = round(100 * change[0])
+    text = f"{percent:+d}%" if percent else "0%"
     return text if change[1] else f"({text})"
 
 
@@ -384,30 +383,47 @@ def findings(results: Results) -> list[str]:
         arm: {level: fmean(seeds.values()) for level, seeds in by_level.items()}
         for arm, by_level in levels(results).items()
     }
-    alone = next((r["explained"] for r in results.of("coupling", method="auction", batch=128)), None)
-    known = {kind: shares.get(f"{kind}-{OURS}", {}).get(1.0) for kind in KINDS}
-    if alone is not None and any(value is not None for value in known.values()):
-        parts = [f"{100 * value:.0f}% ({KINDS[kind]})" for kind, value in known.items() if value is not None]
+    alone = {(r["method"], r["batch"]): r["explained"] for r in results.of("coupling")}
+    known = {kind: shares[arm][1.0] for kind in KINDS if 1.0 in shares.get(arm := f"{kind}-{OURS}", {})}
+    if ("auction", 128) in alone and known:
+        parts = [f"{100 * value:.0f}% ({KINDS[kind]})" for kind, value in known.items()]
         found.append(
-            f"**What coupling offers** is that noise tells something of its image: {100 * alone:.0f}% of the pixels' "
-            f"variance, linearly, before any signal is mixed in. From pure noise the coupled networks predict "
-            f"{_listed(parts)} of it. Below zero, the mean image would have been the better answer."
+            f"**What coupling offers** is that noise tells something of its image: {100 * alone['auction', 128]:.0f}% "
+            "of the images' variance, linearly, before any signal is mixed in. From pure noise the coupled networks "
+            f"explain {_listed(parts)}. Below zero, the mean image would have been the better answer."
         )
-    for n in (20, 10):
-        cells = {}
-        for high, low in (("epsilon", "epsilon"), ("v", "epsilon"), ("v", "v")):
-            at = _shared_sample(results, high, low, OURS).get(n, {})
-            if at:
-                cells[high, low] = fmean(at.values())
-        if len(cells) == 3:
-            whole, helped, other = cells["epsilon", "epsilon"], cells["v", "epsilon"], cells["v", "v"]
-            found.append(
-                f"**Where epsilon prediction goes wrong**: its coupled network alone is at {whole:.1f} ({n} sampling "
-                f"steps). With the coupled v network doing the noisier half of the steps and the same epsilon network "
-                f"the rest, samples are at {helped:.1f}; the v network alone is at {other:.1f}."
-            )
-            break
-    return found
+    if ("auction", 128) in alone:
+        sizes = sorted(batch for method, batch in alone if method == "auction")
+        parts = [f"{100 * alone['auction', batch]:.0f}% with {batch:,}" for batch in sizes]
+        found.append(f"**The rows coupled together**: the more, the more their noise tells: {_listed(parts)}.")
+    if alone.get(("auction-whitened", 128), 1.0) < alone.get(("auction", 128), 0.0):
+        found.append(
+            f"**A cost on whitened pixels** leaves {100 * alone['auction-whitened', 128]:.0f}% instead of "
+            f"{100 * alone['auction', 128]:.0f}%: coupling is worth most along the few directions in which images "
+            "differ most, and whitening takes it away from there."
+        )
+    return found + [sentence for sentence in (_exchange(results),) if sentence]
+
+
+def _exchange(results: Results) -> str | None:
+    """Say what coupling changes in samples of the epsilon network, alone and with help in the noisier half."""
+    changes: dict[str, list[str]] = {}
+    steps: list[int] = []
+    for high in ("epsilon", "v"):
+        base, ours = (_shared_sample(results, high, "epsilon", pairing) for pairing in (BASE, OURS))
+        if high == "epsilon":
+            steps = [n for n in results.steps if n <= 20]
+        for n in steps:
+            seeds = base.get(n, {}).keys() & ours.get(n, {}).keys()
+            if not seeds:
+                return None
+            change = fmean(ours[n][seed] for seed in seeds) / fmean(base[n][seed] for seed in seeds) - 1
+            changes.setdefault(high, []).append(f"{_percent((change, True))} at {n}")
+    return (
+        f"**Which half of the steps it is**: by coupling, samples of the epsilon network change by "
+        f"{_listed(changes['epsilon'])} sampling steps. Let the v network of the same pairing take the noisier half of "
+        f"the steps and the same epsilon network the rest, and they change by {_listed(changes['v'])}."
+    )
 
 
 def page(results: Results) -> str:
