@@ -99,8 +99,17 @@ class Session:
     records: Path
     further: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def _recipes(self) -> dict[tuple[str, int], Any]:
+        return {}
+
     def recipe(self, name: str, seed: int) -> Any:
-        """Return the recipe of one arm on one seed."""
+        """Return the recipe of one arm on one seed; read once, for parsing takes longer than small networks."""
+        if (name, seed) not in self._recipes:
+            self._recipes[name, seed] = self._read(name, seed)
+        return self._recipes[name, seed]
+
+    def _read(self, name: str, seed: int) -> Any:
         from integrations import config
 
         arguments = [str(RECIPES / f"{ARMS[name].recipe}.yaml"), *ARMS[name].overrides, *self.further]
@@ -122,7 +131,14 @@ class Session:
 
         from integrations import measure
 
-        network = measure.feature_network("classifier", self.source, self.runs)
+        path = self.runs / "classifier.safetensors"
+        if not path.is_file():
+            # In a folder of its own first: another process may be doing the same, with the same result.
+            own = self.runs / f"classifier-{os.getpid()}"
+            measure.feature_network("classifier", self.source, own)
+            (own / path.name).replace(path)
+            own.rmdir()
+        network = measure.feature_network(str(path), self.source, self.runs)
         return measure.Scores(network, self.source, torch.device("cpu"))
 
     def trained(self, name: str, seed: int, step: int | None = None, *overrides: str) -> Any:
@@ -267,7 +283,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from . import training_report
 
-    for path in training_report.write(read(records), arguments.output):
+    try:
+        written = training_report.write(read(records), arguments.output)
+    except ValueError as error:
+        parser.error(f"{records}: {error}")
+    for path in written:
         print(f"wrote {path}")
 
 

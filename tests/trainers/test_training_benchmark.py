@@ -28,13 +28,14 @@ def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registry", registry._registry.copy())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_own_registry")
 def test_a_benchmark_that_was_ended_goes_on_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     arms = ["v-independent", "v-coupled", "epsilon-independent"]
     command = ["--data", "digits", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path), "--seeds", "3"]
     command += ["--arms", *arms, *(text for field, value in TINY.items() for text in (f"--{field}", value))]
     (tmp_path / "runs").mkdir()
-    Classifier(1, 10).save(tmp_path / "runs" / "classifier.safetensors", 0.1)
+    Classifier(1, 10).save(tmp_path / "runs" / "classifier.safetensors", 0.1)  # training one takes seconds
     path, measure, calls = tmp_path / "training.jsonl", training.Session.frechet, []
 
     def ended(session, trained, steps):
@@ -127,6 +128,29 @@ def test_a_loss_is_shown_as_plainly_as_a_win_and_disagreement_of_seeds_in_bracke
     assert "| 400 | +50% |" in training_report.change_table(results)
     base = _points("v-independent", BASE) + _points("v-independent", BASE, seed=1)
     assert "| 400 | (+20%) |" in training_report.change_table(training_report.Results(base + worse))
+
+
+def test_the_sentences_follow_the_records():
+    records = [
+        *_points("v-independent", BASE),
+        *_points("v-coupled", {400: 5.0}),
+        *_points("epsilon-independent", {400: 40.0}),
+        *_points("epsilon-coupled", {400: 44.0}),
+        *({"kind": "coupling", "method": m, "batch": 128, "explained": x} for m, x in EXPLAINED.items()),
+    ]
+    for pairing, distance in (("independent", 20.0), ("coupled", 15.0)):
+        names = {"high": f"v-{pairing}", "low": f"epsilon-{pairing}"}
+        records.append({"kind": "switched", **names, "seed": 0, "frechet": {"10": distance}})
+    said = "\n".join(training_report.findings(training_report.Results(records)))
+    assert "changes the distance by -50% at 10" in said
+    assert "samples of the epsilon network change by +10% at 10" in said
+    assert "the rest, and they change by -25% at 10" in said
+    assert "leaves 5% instead of 30%" in said
+    records[-3]["explained"] = 0.4
+    assert "whitened" not in "\n".join(training_report.findings(training_report.Results(records)))
+
+
+EXPLAINED = {"auction": 0.3, "auction-whitened": 0.05}
 
 
 def test_runs_with_different_settings_are_not_mixed():
