@@ -119,11 +119,12 @@ def test_the_right_cells_are_marked(page):
     assert frechet["auction"][0][1] == "200 ± 1"
 
 
-def test_the_marks_are_those_of_the_test_that_is_named():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("trial", range(20))
+def test_the_marks_are_those_of_the_test_that_is_named(trial):
+    rng = np.random.default_rng(trial)
     base = rng.normal(size=6)
-    samples = {name: dict(enumerate(base - shift + 0.3 * rng.normal(size=6))) for name, shift in
-               (("a", 0.0), ("b", 0.1), ("c", 0.25), ("d", 0.5), ("e", 3.0))}  # fmt: skip
+    shifts = {"a": 0.0, "b": 0.1, "c": 0.25, "d": 0.5, "e": 3.0}
+    samples = {name: dict(enumerate(base - shift + 0.3 * rng.normal(size=6))) for name, shift in shifts.items()}
     found = marks(samples, higher=True)
     best = max(samples, key=lambda name: np.mean(list(samples[name].values())))
     assert found[best] == "best"
@@ -136,11 +137,13 @@ def test_the_marks_are_those_of_the_test_that_is_named():
     for rank, name in enumerate(sorted(others, key=chances.get)):
         open_ = open_ and chances[name] <= LEVEL / (len(others) - rank)
         rejected |= {name} if open_ else set()
-    assert 0 < len(rejected) < len(others)
     assert {name for name in others if found[name] == ""} == rejected
     lower = marks({name: {s: -v for s, v in values.items()} for name, values in samples.items()}, higher=False)
     assert lower == found
-    assert marks({"a": {0: 2.0}, "b": {0: 1.0}}, higher=True) == {"a": "best", "b": ""}  # one seed cannot tell
+
+
+def test_one_seed_cannot_tell():
+    assert marks({"a": {0: 2.0}, "b": {0: 1.0}}, higher=True) == {"a": "best", "b": ""}
 
 
 def test_table_3_is_made_of_records(files):
