@@ -265,7 +265,8 @@ def _run(arguments: argparse.Namespace, overrides: tuple[str, ...], console: Con
     network = measuring.feature_network(recipes[0].evaluate.features, source, arguments.work / recipes[0].data.source)
     scores = measuring.Scores(network, source, torch.device("cpu"))
     here = environment(arguments.threads, None) | {"command": _command(arguments)}
-    common = {"data": recipes[0].data.source, "part": PART}
+    kind, _, place = recipes[0].data.source.partition(":")
+    common = {"data": f"{kind}:{Path(place).name}" if place else kind, "part": PART}
 
     def key(arm: Arm, task: str) -> Record:
         return {

@@ -218,3 +218,18 @@ def test_cells_that_failed_are_tried_again(tmp_path, monkeypatch):
     assert list(first.failed.values()) == ["out of luck"]
     second = running.run(cells, path, settings, jobs=1, times=False)
     assert (second.measured, second.kept, second.failed) == (1, 1, {})
+
+
+def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch, capsys):
+    from rich.console import Console
+
+    from couplings import cli
+
+    clock = iter([0.0, 40.0, 50.0, 80.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with cli._progress(Console(stderr=True)) as show:
+        for cells, work in ((1, 10.0), (2, 20.0), (4, 50.0)):  # the first waited for workers to start
+            show(running.Progress(of=9, total=200.0, cells=cells, work=work, title="x"))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "1 of 9 measurements"
+    assert said[1] == "4 of 9 measurements, 2 min 30 s left"  # 40 units in 40 s, 150 to go
