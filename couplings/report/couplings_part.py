@@ -42,14 +42,20 @@ def _percent(cells: Cells) -> dict[str, Samples]:
 
 
 def _grid(
-    cells: Cells, axis: str, read: Callable[[Series], Samples], show: str, *, higher: bool | None
+    cells: Cells,
+    axis: str,
+    read: Callable[[Series], Samples],
+    show: str,
+    *,
+    higher: bool | None,
+    ratios: bool = False,
 ) -> tuple[list[Any], Rows]:
     """Rows by name, columns along an axis."""
     across = cells.each(axis)
     columns = []
     for value in across:
         there = cells.of(**{axis: value})
-        columns.append(column(there.by_label(read), show, higher=higher, barred=there.biased))
+        columns.append(column(there.by_label(read), show, higher=higher, barred=there.biased, ratios=ratios))
     rows: Rows = [[label, *(each.get(label, "") for each in columns)] for label in cells.labels]
     return across, [row for row in rows if any(isinstance(entry, Entry) for entry in row)]
 
@@ -124,7 +130,7 @@ def _methods(cells: Cells) -> Section | None:
     section.parts.append(Table("Reduction of the mean distance of the pairs.", head, rows))
     timed = Cells([series for series in cells.series if series.get("ms")])
     if timed:
-        sizes, rows = _grid(timed, "n", lambda series: series.get("ms"), "{:.2f}", higher=False)
+        sizes, rows = _grid(timed, "n", lambda series: series.get("ms"), "{:.2f}", higher=False, ratios=True)
         head = ["method", *(f"n = {n}" for n in sizes)]
         section.parts.append(
             Table(
@@ -232,7 +238,7 @@ def _metrics(cells: Cells) -> Section | None:
             several = [label for label in there.labels if len(_labelled(there, label).each("metric")) > 1]
             kept = Cells([series for series in there.series if series.label in several])
             metrics, rows = _grid(kept, "metric", lambda series: series.get("reduction", 100), "{:.2f}%", higher=True)
-            _, times = _grid(kept, "metric", lambda series: series.get("ms"), "{:.1f}", higher=False)
+            _, times = _grid(kept, "metric", lambda series: series.get("ms"), "{:.1f}", higher=False, ratios=True)
             head = ["method", *metrics]
             caption = f"{data}, n = {n}. Reduction, each in its own unit: columns do not compare."
             found.append(Table(caption, head, rows))

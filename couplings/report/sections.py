@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -75,7 +76,12 @@ def spread(values: Samples) -> float | None:
 
 
 def column(
-    samples: Mapping[str, Samples], show: str, *, higher: bool | None, barred: Sequence[str] = ()
+    samples: Mapping[str, Samples],
+    show: str,
+    *,
+    higher: bool | None,
+    barred: Sequence[str] = (),
+    ratios: bool = False,
 ) -> dict[str, Entry]:
     """Format a column and mark its best rows.
 
@@ -89,6 +95,8 @@ def column(
         Whether larger values are better; None marks nothing.
     barred : sequence of str
         Rows that are not compared.
+    ratios : bool
+        Compare logarithms: what varies by factors, such as time on a busy machine.
 
     Returns
     -------
@@ -97,6 +105,8 @@ def column(
     """
     known = {name: values for name, values in samples.items() if values}
     compared = {name: values for name, values in known.items() if name not in barred}
+    if ratios:
+        compared = {name: {s: math.log(value) for s, value in values.items()} for name, values in compared.items()}
     # Nothing is best of one.
     marked = marks(compared, higher=higher) if higher is not None and len(compared) > 1 else {}
     entries = {}

@@ -15,7 +15,8 @@ LEVEL = 0.05
 
 TEST = (
     f"**Bold**: the best of its column, and underlined: not significantly worse than the best (one-sided paired t-test "
-    f"over the seeds, which share data and noise, at {LEVEL:g} with Holm's correction for the rows of the column). "
+    f"over the seeds, which share data and noise, at {LEVEL:g} with Holm's correction for the rows of the column; of "
+    "times, on their logarithms). "
     "With few seeds the test finds only large differences. Rows marked † bias the noise and take no part."
 )
 
