@@ -121,6 +121,14 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _log_ticks(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def lines(
     found: Sequence[Line],
     title: str,
@@ -149,8 +157,6 @@ def lines(
         return None
 
     def draw() -> str:
-        from matplotlib.ticker import LogFormatter
-
         figure, panel = _figure(3.4 + 0.17 * (len(kept) // 3 + 1))
         for i, line in enumerate(kept):
             places = sorted(line.points)
@@ -172,8 +178,7 @@ def lines(
         _plain_ticks(panel.xaxis, places)
         if log_y:
             panel.set_yscale("log")
-            for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+            _log_ticks(panel.yaxis)
         panel.set(xlabel=x, ylabel=y)
         panel.set_title(title, loc="left", fontsize=10)
         _legend(figure, panel)
@@ -188,7 +193,8 @@ def _merged(found: Sequence[Line]) -> list[Line]:
     for line in found:
         for i, other in enumerate(merged):
             if _same(line.points, other.points):
-                merged[i] = Line(f"{other.label} = {line.label}", other.points, other.dashed)
+                longer = max(other.points, line.points, key=len)
+                merged[i] = Line(f"{other.label} = {line.label}", longer, other.dashed)
                 break
         else:
             merged.append(line)
@@ -196,12 +202,14 @@ def _merged(found: Sequence[Line]) -> list[Line]:
 
 
 def _same(points: Mapping[float, Samples], others: Mapping[float, Samples]) -> bool:
-    if points.keys() != others.keys():
+    """Whether the lines run over each other, all the way along the shorter one."""
+    common = points.keys() & others.keys()
+    if len(common) < 2 or common not in (points.keys(), others.keys()):
         return False
     return all(
         points[place].keys() == others[place].keys()
         and all(abs(value - others[place][seed]) <= 1e-9 * abs(value) for seed, value in points[place].items())
-        for place in points
+        for place in common
     )
 
 
@@ -237,8 +245,6 @@ def pareto(cells: Cells, data: str, n: int) -> Callable[[], str] | None:
         return None
 
     def draw() -> str:
-        from matplotlib.ticker import LogFormatter
-
         figure, panel = _figure(3.4 + 0.17 * (len(found) // 3 + 1))
         honest = sorted(((ms, gain) for series, ms, gain in found if not series.biased), key=lambda pair: pair[0])
         front = [pair for i, pair in enumerate(honest) if all(pair[1] > other[1] for other in honest[:i])]
@@ -258,8 +264,7 @@ def pareto(cells: Cells, data: str, n: int) -> Callable[[], str] | None:
                 linestyle="none",
             )
         panel.set_xscale("log")
-        for set_formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
-            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+        _log_ticks(panel.xaxis)
         panel.set(xlabel="milliseconds of a call", ylabel="distance reduction, %")
         panel.set_title(f"Reduction against time, {data}, n = {n}", loc="left", fontsize=10)
         _legend(figure, panel)
