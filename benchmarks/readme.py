@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 import couplings
+from couplings.report.couplings_part import table_3
+from couplings.report.reading import read
 
 from . import report, training, training_report
 from .record import Records
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = (ROOT / "docs" / "demo.json",)
 
 
@@ -59,6 +62,16 @@ def solvers_paragraph() -> str:
     return report.paragraph(Records(ROOT / "benchmarks" / "results" / "solvers.jsonl"))
 
 
+def ablation_table() -> str:
+    """Markdown table in the form of the paper's Table 3, from the records of the ablation."""
+    table = table_3(read([RESULTS / "ablation.jsonl"]).cells)
+    if table is None:
+        msg = "no record of l2 and fp16 in ablation.jsonl: run couplings ablate benchmarks/ablation.yaml"
+        raise ValueError(msg)
+    lines = [f"| {' | '.join(fields)} |" for fields in (table.head, ["---"] * len(table.head), *table.rows)]
+    return "\n".join(lines)
+
+
 def with_block(text: str, name: str, content: str) -> str:
     """Replace the block `name` of a text.
 
@@ -88,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         "demo": demo_table,
         "training": training_table,
         "solvers": solvers_paragraph,
+        "ablation": ablation_table,
     }
     for name, block in blocks.items():
         new = with_block(new, name, block())

@@ -31,6 +31,27 @@ def test_readme_names_only_files_that_exist():
             assert (ROOT / target).exists(), target
 
 
+def test_every_sentence_on_choosing_rests_on_a_committed_record():
+    from benchmarks import choosing
+
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    assert page == choosing.text(), "a record has changed: run python -m benchmarks.choosing"
+    sentences = re.findall(r"^- .*$", page, flags=re.MULTILINE)
+    assert len(sentences) >= 14
+    for sentence in sentences:
+        targets = re.findall(r"\]\(([^)#]+)\)", sentence)
+        assert targets, sentence
+        assert all((ROOT / "docs" / target).exists() for target in targets), sentence
+
+
+def test_a_record_that_turns_against_its_sentence_is_an_error():
+    from benchmarks.choosing import _so
+
+    assert _so(True, "so") == "so"
+    with pytest.raises(ValueError, match="the records no longer say so, rewrite it: so"):
+        _so(False, "so")
+
+
 def test_docstring_examples_give_what_they_say():
     # In a process of its own: examples register methods, which last as long as the process.
     code = (
