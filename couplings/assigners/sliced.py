@@ -15,6 +15,7 @@ from couplings.distances import Metric, pair_costs
 
 _POWER_STEPS = 4
 _COORDINATES = 1024  # taken to float64 at a time
+_FLAT = 1e-9  # an axis is none where the data extends less than this share of its extent along the first
 
 
 def assign(
@@ -79,33 +80,39 @@ def assign(
     return best
 
 
-def _project(points: Tensor, basis: Tensor) -> Tensor:
-    """``points @ basis`` in float64, a slice of the coordinates at a time.
+def _project(points: Tensor, basis: Tensor, origin: Tensor | None = None) -> Tensor:
+    """``(points - origin) @ basis`` in float64, a slice of the coordinates at a time.
 
-    How a product is split over threads decides how it is rounded; in float32 that swaps neighbours in the order.
+    How a product is split over threads, and how its operands lie in memory, decides how it is rounded; in float32 that
+    swaps neighbours in the order.
     """
     out = basis.new_zeros(len(points), basis.shape[1])
     for start in range(0, len(basis), _COORDINATES):
         part = slice(start, start + _COORDINATES)
-        out += points[:, part].double() @ basis[part]
+        out += _float64(points[:, part], None if origin is None else origin[part]) @ basis[part]
     return out
+
+
+def _float64(points: Tensor, origin: Tensor | None) -> Tensor:
+    wide = points.to(torch.float64, memory_format=torch.contiguous_format).contiguous()
+    return wide if origin is None else wide - origin
 
 
 def _leading_axes(data: Tensor, start: Tensor) -> Tensor:
     """Leading principal axes by subspace iteration (Halko et al. 2011, arXiv 0909.4061).
 
-    `torch.pca_lowrank` would draw its start from the global random state.
+    `torch.pca_lowrank` would draw its start from the global random state. An axis along which the data does not extend
+    is zero: which of them come out, and the order of the data along them, would be a matter of rounding.
     """
-    mean = torch.cat([part.double().mean(0) for part in torch.split(data, _COORDINATES, dim=1)])
+    slices = [slice(first, first + _COORDINATES) for first in range(0, data.shape[1], _COORDINATES)]
+    mean = torch.cat([_float64(data[:, part], None).mean(0) for part in slices])
     basis = start
     for _ in range(_POWER_STEPS):
         basis, _ = torch.linalg.qr(basis)
-        seen = _project(data, basis) - mean @ basis
-        # The transposed product with the centred data: `seen` has mean zero, so that the mean drops out.
-        basis = torch.cat([part.double().T @ seen for part in torch.split(data, _COORDINATES, dim=1)])
+        seen = _project(data, basis, mean)
+        basis = torch.cat([_float64(data[:, part], mean[part]).T @ seen for part in slices])
     basis, _ = torch.linalg.qr(basis)
     # Rotated so that the columns are single axes, in order, and not just a basis of their span.
-    seen = _project(data, basis) - mean @ basis
-    _, _, rotation = torch.linalg.svd(seen, full_matrices=False)
-    axes: Tensor = basis @ rotation.T
+    _, extent, rotation = torch.linalg.svd(_project(data, basis, mean), full_matrices=False)
+    axes: Tensor = (basis @ rotation.T) * (extent > _FLAT * extent.max())
     return axes
