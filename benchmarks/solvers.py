@@ -138,7 +138,7 @@ def predicted(entry: Contender, group: Group, records: Records) -> float:
         record
         for record in records.of(task, contender=entry.name)
         if (record["family"] == group.family and record["n"] < group.n)
-        or (record["family"] == CROPS and record["n"] == group.n)
+        or (record["family"] == CROPS and record["n"] == group.n and (task, CROPS) != (group.task, group.family))
     ]
     known = [record for record in known if record["family"] == group.family] or known
     if not known or known[-1]["status"] == "absent":

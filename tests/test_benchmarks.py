@@ -144,6 +144,7 @@ def test_the_worst_answer_is_the_one_on_record(tmp_path, gaps, worst):
 def test_a_slow_solver_is_predicted_and_says_so(tmp_path):
     records = Records(tmp_path / "records.jsonl")
     records.replace([_record("slow", 256, 1.0), _record("hangs", 256, None), _record(OURS, 256, 1e6)])
+    records.replace([_record("slow", 2048, None)])  # of an earlier run: predicts nothing about itself
     worker = Scripted({OURS: 1.0})
     results = solvers.measure(_group(OURS, "slow", "hangs", n=2048), records, solvers.Config(), worker, None)
     assert set(worker.calls) == {OURS}
