@@ -288,10 +288,26 @@ def _provenance(records: Records) -> str:
         f"- Absent: {', '.join(absent) or 'none'}",
         f"- Library at {distinct(lambda p: p['kernels'])} (+: with changes not committed), checkout at "
         f"{distinct(lambda p: p['commit'])}; measured {distinct(lambda p: p['date'][:10])}",
+        *(
+            [
+                f"- Load average before a group: {crowd}. Other programs had part of the cores: ratios may be off "
+                "either way, most where a call ran few times or needs two cores (GEMM, `couple()`, two solves at once)"
+            ]
+            if (crowd := _crowd(records))
+            else []
+        ),
         "- Clock: `time.perf_counter`, contenders in turn, in one process with the garbage collector off",
         "- Made by `python -m benchmarks.solvers` from [solvers.jsonl](solvers.jsonl)",
     ]
     return "\n".join(lines)
+
+
+def _crowd(records: Records) -> str:
+    """Range of the load averages before the groups, if more ran than the cores had room for."""
+    places = [record["environment"]["hardware"] for record in records.all]
+    loads = [place["load"] for place in places if "load" in place]
+    crowded = loads and max(loads) > places[-1]["cores"]
+    return f"{min(loads):.1f} to {max(loads):.1f}" if crowded else ""
 
 
 def _remarks(records: Records) -> str:
@@ -330,6 +346,8 @@ def paragraph(records: Records) -> str:
     ]
     if couple:
         text += f" `couple()`, from batch to coupled batch, is {', '.join(couple)}."
+    if crowd := _crowd(records):
+        text += f" Other programs ran beside it (load {crowd}), so that these ratios are rough."
     link = "[All sizes, hard families, memory, and where we lose](benchmarks/results/solvers.md)."
     return f"{text} {link}".strip()
 
