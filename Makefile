@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-library test-trainers lint setup clean
 
 setup: .venv/.done
 
@@ -14,8 +14,15 @@ setup: .venv/.done
 demo: setup
 	$(BIN)/python -m integrations.demo
 
+# Two processes side by side: each half takes minutes on one core.
 test: setup
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --output-sync=line --keep-going test-library test-trainers
+
+test-library: setup
+	$(BIN)/python -m pytest --ignore=tests/trainers
+
+test-trainers: setup
+	$(BIN)/python -m pytest tests/trainers
 
 lint: setup
 	$(BIN)/ruff check .
