@@ -16,7 +16,7 @@ demo: setup
 
 # Two processes side by side: each half takes minutes on one core.
 test: setup
-	$(MAKE) --jobs=2 --output-sync=line --keep-going test-library test-trainers
+	$(MAKE) --jobs=2 --keep-going test-library test-trainers
 
 test-library: setup
 	$(BIN)/python -m pytest --ignore=tests/trainers
