@@ -236,7 +236,7 @@ def main_in_child(arguments):
     main(arguments)
 
 
-# Seen to fail once in four full runs: both loading processes had ended, for a reason not found yet.
+# Seen to fail once in two full runs: both loading processes had ended, for a reason not found yet.
 @pytest.mark.xfail(strict=False, reason="loading processes may end with the signal at the start of a run")
 def test_sigterm_to_every_process_of_a_job_saves_and_exits_0(tmp_path, processes):
     recipe = tiny("ddim-digits", tmp_path, "--train.steps", "100000", "--train.checkpoint_every", "100000")
