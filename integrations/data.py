@@ -8,6 +8,8 @@ import io
 import itertools
 import os
 import signal
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -112,15 +114,19 @@ class Images(Source, Dataset[Batch]):
             yield order[piece.first : piece.last].tolist()
 
     def _load(self, batches: Iterable[list[int]], workers: int, pinned: bool = False) -> Iterator[Batch]:
+        forked = workers > 0 and sys.platform == "linux"
         loader = DataLoader(
             _Told(self),
             sampler=_Given(batches),
             batch_size=None,
             num_workers=workers,
             pin_memory=pinned,
-            worker_init_fn=_outlive_termination,
+            # Whatever Python's default is: a fork server falls to a signal that it gets too, which ends all that it
+            # has forked, and hides from them that the training process was killed.
+            multiprocessing_context="fork" if forked else None,
+            worker_init_fn=_end_by_parent if forked else None,
         )
-        for batch in loader:
+        for batch in _start(loader) if forked else loader:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -149,10 +155,24 @@ class _Told(Dataset[Any]):
             return error
 
 
-def _outlive_termination(worker: int) -> None:
-    # A cluster sends SIGTERM to every process of a job: the training process still needs its data to
-    # end the step and save. Workers end when it does.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    # A cluster sends SIGTERM to every process of a job: the training process still needs its data to end the step
+    # and save. Loading processes inherit that it is held back, so that no moment of their start is open to it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _end_by_parent(worker: int) -> None:
+    # A training process that fails ends its children with the same signal, and waits for them.
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class ArrayImages(Images):

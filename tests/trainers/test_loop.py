@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import time
 from importlib.util import find_spec
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -233,26 +235,65 @@ def test_a_torn_checkpoint_is_passed_over_with_a_message(make, caplog, damage):
 def main_in_child(arguments):
     os.setsid()
     torch.set_num_threads(1)
+    # Seconds between two looks of a loading process for its parent.
+    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2
     main(arguments)
 
 
-# Seen to fail once in two full runs: both loading processes had ended, for a reason not found yet.
-@pytest.mark.xfail(strict=False, reason="loading processes may end with the signal at the start of a run")
-def test_sigterm_to_every_process_of_a_job_saves_and_exits_0(tmp_path, processes):
+@pytest.fixture
+def job(tmp_path, processes):
+    """A training process in its second step or later, with two that load its data, in a session of their own."""
     recipe = tiny("ddim-digits", tmp_path, "--train.steps", "100000", "--train.checkpoint_every", "100000")
     (tmp_path / "recipe.yaml").write_text(recipe.text())
-    arguments = [str(tmp_path / "recipe.yaml"), "--data.workers", "2"]
-    child = processes.Process(target=main_in_child, args=(arguments,))
-    child.start()
-    while not (tmp_path / "metrics.jsonl").exists() or not trace(tmp_path):
+    trainer = processes.Process(target=main_in_child, args=([str(tmp_path / "recipe.yaml"), "--data.workers", "2"],))
+    trainer.start()
+    wait_for_step(1, trainer, tmp_path)
+    yield trainer
+    for process in session(trainer):
+        process.kill()
+
+
+def wait_for_step(step, trainer, folder):
+    while not (folder / "metrics.jsonl").exists() or len(trace(folder)) < step:
+        assert trainer.is_alive()
         time.sleep(0.05)
-    os.killpg(child.pid, signal.SIGTERM)
-    child.join(60)
-    assert child.exitcode == 0
+
+
+def session(trainer):
+    """Every living process of a job, also those whose parent is gone."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == trainer.pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_sigterm_to_every_process_of_a_job_saves_and_exits_0(job, tmp_path):
+    # First to all but one: it goes on for longer than with the data that had been loaded.
+    for process in session(job):
+        if process.pid != job.pid:
+            process.terminate()
+    wait_for_step(len(trace(tmp_path)) + 10, job, tmp_path)
+    os.killpg(job.pid, signal.SIGTERM)
+    job.join(60)
+    assert job.exitcode == 0
     (step,) = checkpoint.steps(tmp_path / "checkpoints")
     assert 0 < step < 100_000
     assert trace(tmp_path)[-1][0] == step
     assert not (tmp_path / "pipeline").exists()
+    assert not session(job)
+
+
+@pytest.mark.parametrize("victim", ["training", "loading"])
+def test_a_job_that_loses_a_process_leaves_none_behind(job, victim):
+    loading = [process for process in session(job) if process.pid != job.pid]
+    assert len(loading) == 2
+    (job if victim == "training" else loading[0]).kill()
+    job.join(30)
+    assert job.exitcode == (-signal.SIGKILL if victim == "training" else 1)
+    psutil.wait_procs(loading, timeout=10)
+    assert not session(job)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(make, monkeypatch):
