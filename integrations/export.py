@@ -1,7 +1,8 @@
 """Pipeline folders that open where this package is not installed.
 
 A network of diffusers needs nothing. One of ours leaves its source beside its weights, and the folder's README.md
-says how to open it. Where ``import integrations.models`` works, ``from_pretrained(folder)`` does after it.
+says how to open it. diffusers imports no module because a folder names it: plain ``from_pretrained(folder)`` works
+after ``import integrations.models``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ Images from this model, in this folder:
 {code}
 ```
 """
+
+# A class that takes its network from the folder. Were it named so in model_index.json, as diffusers' custom components
+# are, ``from_pretrained(folder)`` would ask for trust in remote code where the network has been imported, too.
+OPENER = '''"""{pipeline} with the network whose source is in this folder."""
+
+import diffusers
+
+
+class {pipeline}(diffusers.{pipeline}):
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        return super().extract_init_dict(config_dict | {{"unet": ["{module}", "{network}"]}}, **kwargs)
+'''
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, code: Path | None = None) -> None:
@@ -56,13 +70,13 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, cod
             index["unet"] = [source.stem, network.__name__]
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     elif source is not None:
-        scheduler = type(pipeline.scheduler).__name__
+        # One file for each kind of pipeline: diffusers mixes up custom pipelines whose files have one name.
+        opener = OPENER.format(pipeline=name, module=source.stem, network=network.__name__)
+        (folder / f"{name}.py").write_text(opener)
         lines = [
-            f"import sys\n\nfrom diffusers import {name}, {scheduler}\n",
-            'sys.path.insert(0, "unet")  # the network brings its source',
-            f"from {source.stem} import {network.__name__}\n",
-            f'unet = {network.__name__}.from_pretrained("unet")',
-            f'pipeline = {name}(unet=unet, scheduler={scheduler}.from_pretrained("scheduler"))',
+            "from diffusers import DiffusionPipeline\n",
+            f"# The class of the network is not in diffusers: this runs its source, unet/{source.name}.",
+            f'pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="{name}", trust_remote_code=True)',
         ]
     else:
         lines = [f"from diffusers import {name}\n", f'pipeline = {name}.from_pretrained(".")']

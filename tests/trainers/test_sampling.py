@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline,
 from PIL import Image
 
 from integrations import evaluate, features, loop, measure, sample
+from integrations.config import ConvNext, Ncsnpp
 from integrations.data import load_source, to_signed
+from integrations.models import build_model
 
 
 @pytest.fixture(
@@ -155,6 +158,10 @@ def test_the_lines_in_an_exported_folder_draw_images_offline_and_without_this_pa
         trained = loop.Run(tiny(name, tmp_path / name, *options))
         folders.append(str(tmp_path / name / "pipeline"))
         trained.objective.export(trained.bare_model, tmp_path / name / "pipeline")
+        if name in ("ddim-digits", "consistency-digits"):
+            for section in (ConvNext(width=8, depth=1), Ncsnpp(channels=4, layers_per_block=1, norm_groups=4)):
+                folders.append(str(tmp_path / name / section.name))
+                trained.objective.export(build_model(section, trained.objective), Path(folders[-1]))
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-S", "-c", OUTSIDE, sysconfig.get_path("purelib"), *folders]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
