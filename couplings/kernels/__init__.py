@@ -30,8 +30,10 @@ def warmup() -> float:
     from .pairs import pair_distances
 
     for dtype in (np.float32, np.float64):
-        # Wide enough for the list code; a tie-free and a tied cost reach every branch.
-        i = np.arange(96)
+        # Wide enough for the list code; a tie-free and two tied costs, one in blocks, reach every branch.
+        i = np.arange(200)
+        solve(np.abs(i[:, None] // 50 - i // 80).astype(dtype))
+        i = i[:96]
         cost = ((i[:, None] * 37 + i[None] * i[:, None] * 11) % 101).astype(dtype)
         solve(cost)
         solve(cost[:40])

@@ -37,6 +37,7 @@ TOP = np.int16(32767)  # above the sum of any sketched cost and price
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Shorts = npt.NDArray[np.int16]
+Words = npt.NDArray[np.uint64]
 
 short = np.int16
 
@@ -348,13 +349,14 @@ def bid(
     count: int,
     eps: float,
     limit: int,
+    most: int,
 ) -> tuple[int, int, int]:
     """Forward auction over a stack of free rows (Bertsekas 1988), each bidding up its cheapest column.
 
     A row raises its best column to the second best plus `eps` and takes it from whoever held it. With ``eps = 0``
     it stays tight (Jonker and Volgenant's augmenting row reduction, 1987), and a row that could only swap places
-    without raising anything is set aside. Returns the number of free rows left, of bids made, and of rows read whole
-    for them.
+    without raising anything is set aside. Stops after `limit` bids, or when `most` rows have been read whole. Returns
+    the number of free rows left, of bids made, and of rows read whole.
     """
     p = prices.exact
     columns, levels, lengths, beyond = lists
@@ -364,7 +366,7 @@ def bid(
     bids = 0
     reads = 0
     blunt = 0
-    while count > 0 and bids < limit:
+    while count > 0 and bids < limit and reads < most:
         count -= 1
         i = free[count]
         fills = 0
@@ -580,13 +582,17 @@ def pop(keys: Floats, codes: Integers, size: int) -> int:
 
 
 @jit
-def relax(costs: Costs, i: int, p: Floats, base: float, dist: Floats, back: Integers) -> None:
-    """Shorten the distances of all columns by way of a row; without branches."""
+def relax(costs: Costs, i: int, p: Floats, base: float, dist: Floats, key: Floats, back: Integers) -> None:
+    """Shorten the distances of all columns by way of a row, and the keys of those not settled; without branches.
+
+    Never that of a settled column: nothing found later is nearer.
+    """
     r = costs.low[i]
     for j in range(p.size):
         d = base + (level(costs.C[i, j], r, costs.scale) + p[j])
         shorter = d < dist[j]
         dist[j] = d if shorter else dist[j]
+        key[j] = d if shorter else key[j]
         back[j] = i if shorter else back[j]
 
 
@@ -598,27 +604,166 @@ def search(
 
     Settled columns are marked by an infinity in `closed`.
     """
-    m = p.size
     dist[:] = np.inf
+    key[:] = np.inf
     closed[:] = 0.0
     found = np.empty(1, np.int64)
     row = source
     base = 0.0
     while True:
-        relax(costs, row, p, base, dist, back)
-        for j in range(m):
-            key[j] = dist[j] + closed[j]
+        relax(costs, row, p, base, dist, key, back)
         lowest(key.view(np.int64), found)
         d = found.view(np.float64)[0]
         nearest = -1
-        for j in range(m):
+        for j in range(p.size):
             if key[j] == d:
                 nearest = j
                 if owner[j] < 0:
                     return j, d
         closed[nearest] = np.inf
+        key[nearest] = np.inf
         row = owner[nearest]
         base = d - (level(costs.C[row, nearest], costs.low[row], costs.scale) + p[nearest])
+
+
+@jit
+def grow(
+    costs: Costs, prices: Prices, owner: Integers, mate: Integers, free: Integers, count: int, want: int
+) -> tuple[int, int]:
+    """Search from all free rows at once, until `want` have met a free column of their own, and match those.
+
+    One forest for what would be many searches of the same ground. The price of every column settled is raised by
+    what the last was farther, so that all paths of the forest are tight: of free columns as well, which is right
+    only where all columns will be taken (m = n). Every matched row must be tight, and stays so. Returns how many
+    rows are free, and how many free columns were settled.
+    """
+    p = prices.exact
+    m = p.size
+    dist = np.full(m, np.inf)
+    key = np.full(m, np.inf)
+    back = np.empty(m, np.int64)
+    root = np.empty(costs.low.size, np.int64)  # the tree that a row is in
+    ends = np.full(costs.low.size, -1, np.int64)  # the first free column of each tree
+    found = np.empty(1, np.int64)
+    for k in range(count):
+        i = free[k]
+        root[i] = i
+        least = np.inf
+        for j in range(m):
+            least = min(least, level(costs.C[i, j], costs.low[i], costs.scale) + p[j])
+        relax(costs, i, p, -least, dist, key, back)
+    met = 0
+    vacant = 0
+    farthest = 0.0
+    while met < want and vacant < count:
+        lowest(key.view(np.int64), found)
+        farthest = found.view(np.float64)[0]
+        for j in range(m):
+            if key[j] == farthest:
+                key[j] = np.inf
+                tree = root[back[j]]
+                row = owner[j]
+                if row >= 0:
+                    root[row] = tree
+                    base = farthest - (level(costs.C[row, j], costs.low[row], costs.scale) + p[j])
+                    relax(costs, row, p, base, dist, key, back)
+                else:
+                    vacant += 1
+                    if ends[tree] < 0:
+                        ends[tree] = j
+                        met += 1
+    for j in range(m):
+        if dist[j] < farthest:
+            p[j] += farthest - dist[j]
+            prices.coarse[j] = coarsen(p[j], prices.base, costs.step)
+    left = 0
+    for k in range(count):
+        source = free[k]
+        end = ends[source]
+        if end < 0:
+            free[left] = source
+            left += 1
+        else:
+            flip(back, owner, mate, source, end)
+    return left, vacant
+
+
+@jit
+def flip(back: Integers, owner: Integers, mate: Integers, source: int, end: int) -> None:
+    """Match the rows along the path from a free row to a free column to the columns after them."""
+    while True:
+        row = back[end]
+        owner[end] = row
+        end, mate[row] = mate[row], end
+        if row == source:
+            break
+
+
+@jit
+def suit(costs: Costs, p: Floats, mate: Integers, suits: Words) -> None:
+    """Mark, a bit each, the columns that suit a row best, as for a matched row its own does."""
+    m = p.size
+    for i in range(mate.size):
+        r = costs.low[i]
+        best = np.inf
+        if mate[i] >= 0:
+            best = level(costs.C[i, mate[i]], r, costs.scale) + p[mate[i]]
+        else:
+            for j in range(m):
+                best = min(best, level(costs.C[i, j], r, costs.scale) + p[j])
+        for w in range(suits.shape[1]):
+            word = np.uint64(0)
+            for j in range(64 * w, min(64 * w + 64, m)):
+                same = level(costs.C[i, j], r, costs.scale) + p[j] == best
+                word |= np.uint64(same) << np.uint64(j - 64 * w)
+            suits[i, w] = word
+
+
+@jit
+def match(suits: Words, owner: Integers, mate: Integers, free: Integers, count: int) -> int:
+    """Match as many free rows as the marked pairs allow (Pothen and Fan 1990); return how many are left.
+
+    Searches in depth. A column that one search has tried, no other tries in the same round; rounds go on until one
+    matches nothing.
+    """
+    n, words = suits.shape
+    rows = np.empty(n, np.int64)  # the path: its rows, and the column that each takes
+    columns = np.empty(n, np.int64)
+    fresh = np.empty(words, np.uint64)
+    before = count + 1
+    while 0 < count < before:
+        before = count
+        count = 0
+        fresh[:] = ~np.uint64(0)
+        for k in range(before):
+            rows[0] = free[k]
+            depth = 0
+            while depth >= 0:
+                i = rows[depth]
+                w = 0
+                while w < words and not suits[i, w] & fresh[w]:
+                    w += 1
+                if w == words:
+                    depth -= 1
+                    continue
+                word = suits[i, w] & fresh[w]
+                j = 64 * w
+                while not word & np.uint64(1):
+                    word >>= np.uint64(1)
+                    j += 1
+                fresh[w] &= ~(np.uint64(1) << np.uint64(j - 64 * w))
+                columns[depth] = j
+                if owner[j] < 0:
+                    break
+                depth += 1
+                rows[depth] = owner[j]
+            if depth < 0:
+                free[count] = free[k]
+                count += 1
+            for d in range(depth + 1):
+                mate[rows[d]] = columns[d]
+                owner[columns[d]] = rows[d]
+    return count
 
 
 @jit
@@ -705,10 +850,12 @@ def augment(
     free: Integers,
     count: int,
     stop: int,
+    patience: int,
 ) -> int:
     """Match free rows one by one along shortest augmenting paths (Jonker and Volgenant 1987) until `stop` are left.
 
-    Every matched row must be tight. A search starts on the lists, unless lists have failed lately.
+    Every matched row must be tight. A search starts on the lists, unless lists have failed lately; more than
+    `patience` rows are left alone once they have.
     """
     p = prices.exact
     m = p.size
@@ -732,6 +879,8 @@ def augment(
                 costs, prices, lists, owner, source, dist, back, closed, touched, reach, heap, work
             )
             misses = max(0, misses - 1) if end >= 0 else misses + 4
+        elif count > patience:
+            return count + 1
         else:
             misses -= 1
         if end < 0:
@@ -745,12 +894,7 @@ def augment(
                 prices.coarse[j] = coarsen(p[j], prices.base, costs.step)
                 closed[j] = 0.0
             dist[j] = np.inf
-        while True:
-            row = back[end]
-            owner[end] = row
-            end, mate[row] = mate[row], end
-            if row == source:
-                break
+        flip(back, owner, mate, source, end)
     return count
 
 

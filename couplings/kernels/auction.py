@@ -22,6 +22,11 @@ START = 0.1  # first epsilon, in standard deviations of the cost
 FINAL = 1e-4  # last epsilon
 SHRINK = 7.0  # from one phase to the next
 WAR = 30  # bids a row in one phase: more than all phases take together where prices do not run away
+DULL = 2  # readings of a whole row, each, in one phase: more where lists are of no use
+FEW = 16  # rows that are matched one at a time even where lists are of no use
+SHARE = 0.2  # of the free rows, to be matched by one forest
+CROWD = 4  # free columns met for each of them, from which on trees stand in each other's way
+NEVER = 1 << 62  # bids
 RANGE = 8.0  # standard deviations of the cost that a sketch resolves
 FINE = 3.0  # steps of the sketch down to which epsilon is settled on it
 NORMAL = 1e-30  # least number of a sketch's steps per unit of cost, and one over the greatest: safe in float32
@@ -111,8 +116,9 @@ def solve(
     Costs become whole numbers of levels above their row's smallest: 2^48 of them up to the total (above the row
     minima) of a feasible assignment, beyond which no entry can be part of an optimum. For float32 costs of
     ordinary range that loses nothing. An epsilon-scaled Gauss-Seidel auction [1]_ prices the columns, rows that
-    are not tight are freed, and shortest augmenting paths [2]_ finish them: at most n Dijkstra searches, so there
-    is no price war that could hang. Memory beyond the matrix: O(n + m) plus 48 list entries a row.
+    are not tight are freed, and shortest augmenting paths [2]_ finish them, found from all free rows at once where
+    there are many: at most n Dijkstra searches, so there is no price war that could hang. Memory beyond the matrix:
+    O(n + m), 48 list entries a row, a sketch of 2 bytes an entry and, where many costs are tied, a bit an entry.
 
     References
     ----------
@@ -228,9 +234,14 @@ class _Search:
             self._open(np.zeros(m))
         left = kernels.loosen(self.costs, self.prices, self.lists, self.owner, self.mate, free)
         left = self._bid(free, left, 0.0, min(max_bids, self.bids + 20 * n))
+        patience = FEW if m == n else n
         while left and not self._spent(max_bids):
-            stop = 0 if self.deadline == math.inf else left - 1
-            left = kernels.augment(self.costs, self.prices, self.lists, self.owner, self.mate, free, left, stop)
+            stop = 0 if self.deadline == math.inf else max(0, left - FEW)
+            left = kernels.augment(
+                self.costs, self.prices, self.lists, self.owner, self.mate, free, left, stop, patience
+            )
+            if left > patience:
+                left, patience = self._grow(free, left, max_bids), n
         self._complete(free[:left])
         return self._solution()
 
@@ -256,14 +267,21 @@ class _Search:
             if best is not None:
                 return best
         if calm:
-            # Little competition: bids without epsilon may settle most rows, and any epsilon would only blur ties.
-            if self._bid(free, n, 0.0, min(max_bids, self.bids + 4 * n)) <= n // 8:
+            # Little competition: bids without epsilon may settle most rows, or all but the rows that are tied. Any
+            # epsilon would only blur ties.
+            most = self.bids + 4 * n
+            if self._bid(free, n, 0.0, min(max_bids, most)) <= n // 8 or self.bids < most:
                 return None
             self._release(free)
         reduced = False
+        dull = DULL * n if calm else NEVER
         while True:
-            bids, self.reads = self.bids, 0
-            if self._bid(free, n, max(1.0, np.rint(eps)), min(max_bids, self.bids + WAR * n)):
+            if self._bid(free, n, max(1.0, np.rint(eps)), min(max_bids, self.bids + WAR * n), dull):
+                if self.reads >= dull:
+                    # So many columns are within epsilon that lists are of no use: leave all to the shortest paths.
+                    self._release(free)
+                    self._open(np.zeros(n))
+                    return None
                 if reduced or self._spent(max_bids):
                     return None
                 # A price war: some columns are far from every row, and bids close that distance in small steps.
@@ -271,11 +289,6 @@ class _Search:
                 self._release(free)
                 self._open(self._reduced_columns())
                 continue
-            if calm and self.reads > (self.bids - bids) // 2:
-                # So many columns are within epsilon that lists are of no use: leave all to the shortest paths.
-                self._release(free)
-                self._open(np.zeros(n))
-                return None
             if tolerance > 0.0:
                 best = self._solution()
                 if best.gap <= tolerance:
@@ -353,20 +366,43 @@ class _Search:
 
     def _patience(self) -> int:
         """Bids between two looks at the clock."""
-        return 1 << 62 if self.deadline == math.inf else max(256, 20_000_000 // self.m)
+        return NEVER if self.deadline == math.inf else max(256, 20_000_000 // self.m)
 
-    def _bid(self, free: npt.NDArray[np.int64], left: int, eps: float, max_bids: float) -> int:
+    def _bid(self, free: npt.NDArray[np.int64], left: int, eps: float, max_bids: float, max_reads: int = NEVER) -> int:
         """Run the auction on the first `left` of the stack `free`; return how many rows it leaves there."""
-        while left and not self._spent(max_bids):
+        self.reads = 0
+        while left and self.reads < max_reads and not self._spent(max_bids):
             limit = int(min(max_bids - self.bids, self._patience()))
             left, bids, reads = kernels.bid(
-                self.costs, self.prices, self.lists, self.owner, self.mate, free, left, eps, limit
+                self.costs,
+                self.prices,
+                self.lists,
+                self.owner,
+                self.mate,
+                free,
+                left,
+                eps,
+                limit,
+                max_reads - self.reads,
             )
             self.bids += bids
             self.reads += reads
             if bids < limit:
                 break
         return int(left)
+
+    def _grow(self, free: npt.NDArray[np.int64], left: int, max_bids: float) -> int:
+        """Match many rows at a time, while there are many; return how many are left."""
+        matched = self.n
+        while left > FEW and 8 * matched >= left and not self._spent(max_bids):
+            before, want = left, math.ceil(SHARE * left)
+            left, met = kernels.grow(self.costs, self.prices, self.owner, self.mate, free, left, want)
+            if met >= CROWD * (before - left):
+                suits = np.empty((self.n, (self.m + 63) // 64), np.uint64)
+                kernels.suit(self.costs, self.prices.exact, self.mate, suits)
+                left = kernels.match(suits, self.owner, self.mate, free, left)
+            matched = before - left
+        return left
 
     def _complete(self, free: npt.NDArray[np.int64]) -> None:
         """Give each free row the cheapest column still free: the end of a run that was cut short."""

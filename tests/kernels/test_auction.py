@@ -11,7 +11,11 @@ import time
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from couplings.kernels import _assignment as loops
+from couplings.kernels import auction
 from couplings.kernels.auction import solve
 from tests.kernels.families import FAMILIES
 
@@ -84,6 +88,61 @@ def test_prices_prove_the_optimum():
     prices = solve(cost).prices
     bound = (cost - prices).min(1).sum() + prices.sum()
     assert bound == pytest.approx(optimum(cost), rel=1e-9)
+
+
+def unmatched(cost):
+    """Return a solver's state before its first bid, with all rows free."""
+    state = auction._Search(cost, 1, math.inf)
+    n, m = cost.shape
+    scale = math.ldexp(1.0, math.floor(math.log2(loops.CAP / (state.ceiling or 1.0))) - 1)
+    state.costs = loops.Costs(cost, state.low, scale, state.sketch[:, :0].copy(), 0.0)
+    free = np.empty(n, np.int64)
+    state._release(free)
+    state._open(np.zeros(m))
+    return state, free
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forests_alone_reach_the_optimum(name):
+    cost = np.ascontiguousarray(FAMILIES[name](150, np.random.default_rng(1)), dtype=np.float32)
+    cost.flags.writeable = False
+    state, free = unmatched(cost)
+    left = len(cost)
+    while left:
+        before = left
+        left, met = loops.grow(state.costs, state.prices, state.owner, state.mate, free, left, math.ceil(left / 5))
+        assert met >= before - left > 0
+        assert sorted(np.flatnonzero(state.mate < 0)) == sorted(free[:left])
+        # Every matched row is tight, which makes the matching a least one of its rows.
+        assert loops.loosen(state.costs, state.prices, state.lists, state.owner, state.mate, free.copy()) == left
+    check(cost, state._solution())
+
+
+@pytest.mark.parametrize("density", [0.01, 0.03, 0.3])
+def test_a_round_of_matching_takes_as_many_rows_as_can_be(density):
+    rng = np.random.default_rng(3)
+    cost = (rng.random((130, 130)) > density).astype(np.float32)
+    cost[:, 0] = 0.0  # every row has a pair that suits it
+    cost.flags.writeable = False
+    state, free = unmatched(cost)
+    suits = np.empty((130, 3), np.uint64)
+    loops.suit(state.costs, state.prices.exact, state.mate, suits)
+    left = loops.match(suits, state.owner, state.mate, free, 130)
+    assert 130 - left == (maximum_bipartite_matching(csr_array(cost == 0.0)) >= 0).sum()
+    rows = np.flatnonzero(state.mate >= 0)
+    assert (cost[rows, state.mate[rows]] == 0.0).all()
+    assert (state.owner[state.mate[rows]] == rows).all()
+    assert sorted(free[:left]) == np.flatnonzero(state.mate < 0).tolist()
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_seconds": 1e3}])
+def test_tied_rows_are_matched_by_forests(monkeypatch, limit):
+    calls = []
+    whole = loops.grow
+    monkeypatch.setattr(loops, "grow", lambda *arguments: calls.append(1) or whole(*arguments))
+    cost = FAMILIES["blocks"](300, np.random.default_rng(0)).astype(np.float32)
+    check(cost, solve(cost, **limit))
+    assert calls
 
 
 @pytest.mark.parametrize("limit", [{"max_bids": 0}, {"max_bids": 50}, {"max_seconds": 0.0}, {"tolerance": 0.05}])
@@ -211,7 +270,7 @@ def test_warmup_leaves_nothing_to_compile():
         before = compiled()
         for dtype in (np.float32, np.float64):
             for family in FAMILIES.values():
-                for rows, columns in ((3, 3), (20, 60), (100, 100), (70, 90)):
+                for rows, columns in ((3, 3), (20, 60), (100, 100), (70, 90), (300, 300)):
                     solve(np.array(family(columns, np.random.default_rng(0))[:rows], dtype=dtype))
         assert compiled() == before, {k: v for k, v in compiled().items() if v != before[k]}
     """
