@@ -8,6 +8,7 @@ the n pairs.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ _METRICS = ("sqeuclidean", "l2", "l1", "cosine", "dot")
 
 # Bytes of the temporaries of `pair_costs` away from the CPU: few launches, and no copy of the whole batch.
 _CHUNK_BYTES = 1 << 26
+
+# Magnitudes, and one over them, of which products and squares are far from the ends of float32.
+_MODERATE = 2.0**30
 
 
 def metrics() -> list[str]:
@@ -123,6 +127,7 @@ def cost_matrix(x: Operand, y: Operand, metric: Metric, *, shift_invariant: bool
     if metric == "dot":
         return inner_products(x, y, factor=-1.0)
     if metric == "cosine":
+        x, y = _moderate(x), _moderate(y)
         cost = inner_products(x, y, factor=-1.0)
         cost.mul_(_inverse_norms(x.values)[:, None]).mul_(_inverse_norms(y.values))
         return cost if shift_invariant else cost.add_(1.0).clamp_(0.0, 2.0)
@@ -188,8 +193,20 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 def _inverse_norms(x: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(x, dim=1)
+    faint = (norms < 1.0 / _MODERATE).nonzero().squeeze(1)  # whose squares may have vanished
+    norms[faint] = torch.linalg.vector_norm(x[faint], dim=1, dtype=torch.float64).to(x.dtype)
     inverse: Tensor = norms.reciprocal().masked_fill_(norms == 0, 0.0)
     return inverse
+
+
+def _moderate(x: Operand) -> Operand:
+    """Bring lengths near 1, all by the same power of two, if products of them could vanish or overflow."""
+    low, high = torch.aminmax(x.values)
+    peak = max(-low.item(), high.item())
+    if peak == 0.0 or 1.0 / _MODERATE < peak < _MODERATE:
+        return x
+    factor = 2.0 ** -max(-120, min(120, round(math.log2(peak))))
+    return Operand(x.values * factor, x.codes, None if x.scale is None else x.scale * factor)
 
 
 def _l1_matrix(x: Tensor, y: Tensor) -> Tensor:

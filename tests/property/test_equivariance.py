@@ -97,6 +97,26 @@ def test_a_rotation_of_both_sides_changes_no_pair_of_exact_methods(exact, n, see
     assert torch.equal(first.index, second.index)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8_e4m3"])
+@pytest.mark.parametrize(("of_data", "of_noise"), [(-30, 0), (30, 0), (-30, -30), (30, 30), (-35, 30)])
+def test_the_length_of_a_batch_changes_no_cosine(of_data, of_noise, quantize):
+    data, noise = (x.float() for x in gaussian(24, 0, (48,))[:2])
+    plain = couplings.couple(data, noise, metric="cosine", quantize=quantize)
+    scaled = couplings.couple(data * 10.0**of_data, noise * 10.0**of_noise, metric="cosine", quantize=quantize)
+    assert torch.equal(scaled.index, plain.index)
+    assert torch.allclose(scaled.cost, plain.cost)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-25, 1e8])
+def test_the_length_of_a_row_changes_no_cosine(length):
+    data, noise = (x.float() for x in gaussian(24, 0, (48,))[:2])
+    plain = couplings.couple(data, noise, metric="cosine")
+    data[::3] *= length
+    scaled = couplings.couple(data, noise, metric="cosine")
+    assert torch.equal(scaled.index, plain.index)
+    assert scaled.gap == pytest.approx(0, abs=1e-6)
+
+
 @given(n=ROWS, seed=SEEDS)
 def test_shape_is_a_view_of_the_same_numbers(case, n, seed):
     data, _, _ = gaussian(n, seed, (12,))
