@@ -7,7 +7,6 @@ crashes is ended and recorded, and the session goes on.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import multiprocessing
@@ -15,12 +14,14 @@ import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from couplings.ablation.memory import peak_bytes
 
 from .contenders import TASKS
 from .instances import Instance
@@ -150,17 +151,15 @@ def _serve(connection: Connection, threads: int, extra_path: str | None) -> None
                 call = entry.make(instance, threads)
                 connection.send(None)
                 caught.clear()
-                with _memory(memory) as growth, _quiet():
-                    start = time.perf_counter()
-                    answer = call()
-                    seconds = time.perf_counter() - start
+                with _quiet():
+                    seconds, answer, growth = _measured(call) if memory else (*_timed(call), None)
         except ImportError as error:
             connection.send({"status": "absent", "note": str(error)})
         except Exception as error:  # whatever a solver raises is a finding about it
             connection.send({"status": "failed", "note": f"{type(error).__name__}: {error}"})
         else:
             note = "; ".join(sorted({str(warning.message) for warning in caught}))
-            connection.send({"status": "ok", "seconds": seconds, "memory": growth.get("bytes"), "note": note})
+            connection.send({"status": "ok", "seconds": seconds, "memory": growth, "note": note})
             connection.send(judge(task, instance, answer, judging))
 
 
@@ -175,24 +174,18 @@ def _quiet() -> Any:
         gc.enable()
 
 
-@contextmanager
-def _memory(measured: bool) -> Any:
-    """Bytes of resident memory at the highest point beyond what was resident before."""
-    growth: dict[str, int] = {}
-    status = Path("/proc/self/status")
-    if not (measured and status.exists()):
-        yield growth
-        return
-    with suppress(AttributeError):  # where malloc is not glibc's
-        ctypes.CDLL(None).malloc_trim(0)  # or the call would be given, unseen, what the instance left behind
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
-    before = _kilobytes(status, "VmRSS")
-    yield growth
-    growth["bytes"] = 1024 * (_kilobytes(status, "VmHWM") - before)
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call took, and its answer."""
+    start = time.perf_counter()
+    answer = call()
+    return time.perf_counter() - start, answer
 
 
-def _kilobytes(status: Path, field: str) -> int:
-    return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(field)))
+def _measured(call: Callable[[], Any]) -> tuple[float, Any, int | None]:
+    """Measure the memory of a call too, in bytes."""
+    result: list[Any] = []
+    growth = peak_bytes(lambda: result.extend(_timed(call)))
+    return result[0], result[1], growth
 
 
 def judge(task: str, instance: Instance, answer: Any, known: dict[str, Any]) -> dict[str, Any]:
