@@ -207,9 +207,11 @@ def threshold_table(results: Results) -> str:
 
 
 def levels(results: Results) -> dict[str, dict[float, dict[int, float]]]:
-    """Return the explained share by arm, noise level and seed."""
+    """Return the explained share by arm, noise level and seed, at the end of training."""
     found: dict[str, dict[float, dict[int, float]]] = {}
     for record in results.of("levels"):
+        if record["step"] != results.last.get(record["arm"].split("-")[0]):
+            continue
         for level, value in record["explained"].items():
             found.setdefault(record["arm"], {}).setdefault(float(level), {})[record["seed"]] = value
     return found
@@ -238,7 +240,7 @@ def switched_table(results: Results) -> str | None:
     steps = sorted({int(n) for record in records for n in record["frechet"]})
     rows = []
     for pairing in PAIRINGS:
-        if not results.of("switched", high=f"v-{pairing}"):
+        if not results.of("switched", high=f"v-{pairing}", step=results.last.get("epsilon")):
             continue
         for high, low in (("epsilon", "epsilon"), ("v", "epsilon"), ("epsilon", "v"), ("v", "v")):
             found = _shared_sample(results, high, low, pairing)
@@ -248,9 +250,10 @@ def switched_table(results: Results) -> str | None:
 
 def _shared_sample(results: Results, high: str, low: str, pairing: str) -> dict[int, dict[int, float]]:
     """Return distances by sampling steps and seed, of one network for the noisier half and one for the rest."""
-    records = results.of("switched", high=f"{high}-{pairing}", low=f"{low}-{pairing}")
+    step = results.last.get(low)
+    records = results.of("switched", high=f"{high}-{pairing}", low=f"{low}-{pairing}", step=step)
     if high == low:
-        records = results.of("point", arm=f"{high}-{pairing}", step=results.last.get(high))
+        records = results.of("point", arm=f"{high}-{pairing}", step=step)
     found: dict[int, dict[int, float]] = {}
     for record in records:
         for n, value in record["frechet"].items():
@@ -503,7 +506,10 @@ def block(results: Results) -> str:
     """Return the lines for the README."""
     head = ["change of the Frechet distance by coupling, at sampling steps", *(str(n) for n in results.steps)]
     rows = [
-        [KINDS[kind], *(_percent(results.change(kind, n, results.last[kind])) for n in results.steps)]
+        [
+            f"{KINDS[kind]}, {results.last[kind]:,} training steps",
+            *(_percent(results.change(kind, n, results.last[kind])) for n in results.steps),
+        ]
         for kind in results.kinds
     ]
     return _table(head, rows)
