@@ -12,7 +12,7 @@ from ._threads import over_rows
 
 __all__ = ["pair_distances"]
 
-SERIAL = 200_000  # fewer numbers than this are read sooner than a thread starts
+SERIAL = 4_000_000  # fewer numbers are read sooner than a thread starts, and finds a core that OpenMP has let go of
 
 # Sums may be reordered, which lets them run in vector registers; they are float64, so it changes nothing that shows.
 _reordered = jit(fastmath={"reassoc", "nsz", "contract"})
