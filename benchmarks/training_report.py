@@ -405,7 +405,31 @@ def findings(results: Results) -> list[str]:
             f"{100 * alone['auction', 128]:.0f}%: coupling is worth most along the few directions in which images "
             "differ most, and whitening takes it away from there."
         )
-    return found + [sentence for sentence in (_exchange(results),) if sentence]
+    return found + [sentence for sentence in (_weights(results), _exchange(results)) if sentence]
+
+
+def _weights(results: Results) -> str | None:
+    """Say whether the weights of the loss alone turn what v prediction gains into what epsilon prediction loses."""
+    kinds = ("v", "weighted", "epsilon")
+    if not set(kinds) <= set(results.kinds):
+        return None
+    steps = [n for n in results.steps if 10 <= n <= 20]
+    changes = {kind: [results.change(kind, n, results.last[kind]) for n in steps] for kind in kinds}
+    v, weighted, epsilon = ([change[0] if change else 0.0 for change in changes[kind]] for kind in kinds)
+    if not (max(v) < 0 < min(weighted) and min(epsilon) > 0):
+        return None
+    told = [
+        f"{_listed([f'{_percent(change)} at {n}' for n, change in zip(steps, changes[kind], strict=True)])} {text}"
+        for kind, text in (
+            ("v", "sampling steps with its own weights"),
+            (
+                "weighted",
+                "with epsilon's, SNR / (SNR + 1), which all but leave out the noisiest levels",
+            ),
+            ("epsilon", "with epsilon prediction itself"),
+        )
+    ]
+    return f"**It is the weight of the loss, not what is predicted**: v prediction changes by {'; '.join(told)}."
 
 
 def _exchange(results: Results) -> str | None:
