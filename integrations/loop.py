@@ -105,6 +105,12 @@ class Run:
         # Noise rows for each data row: `nearest` alone chooses from several.
         self.candidates = self.coupling.options.get("k") or 4 if self.coupling.method == "nearest" else 1
         processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 and "MASTER_ADDR" not in os.environ:
+            msg = (
+                f"WORLD_SIZE is {processes}, but MASTER_ADDR, where the processes meet, is not set: start them with "
+                "accelerate launch or torchrun (integrations/launch/README.md), or unset WORLD_SIZE to train in one"
+            )
+            raise TrainingError(msg)
         self.total_blocks, accumulation = divide(recipe, processes)
         if train.tracker and train.tracker not in map(str, get_available_trackers()):  # accelerate only warns
             msg = f"train.tracker: got {train.tracker!r}, which is not installed: pip install {train.tracker}, or null"

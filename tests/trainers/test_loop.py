@@ -478,6 +478,10 @@ def test_two_processes_in_bfloat16_follow_one_in_float32_within_two_percent(tmp_
 def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch):
     Accelerator(cpu=True)  # believes to be alone
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(loop.TrainingError, match=r"WORLD_SIZE is 2, but MASTER_ADDR.*accelerate launch"):
+        loop.Run(make("ddim-digits"))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(loop.TrainingError, match="started 2 processes, but accelerate sees 1"):
         loop.Run(make("ddim-digits"))
 
