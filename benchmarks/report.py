@@ -353,7 +353,7 @@ def paragraph(records: Records) -> str:
         else ""
     )
     couple = [
-        f"{ratio:.1f} times as fast as {name} at n = {n}"
+        f"{ratio:.1f} times as fast as {name.replace(',', ' run')} at n = {n}"
         for n in (1024, 4096)
         for name in ("TorchCFM", "TorchCFM, to the optimum", "squared cdist + scipy")
         if (ratio := _ratio(_find(records, "couple", name, n), _find(records, "couple", OURS, n)))
