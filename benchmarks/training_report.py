@@ -78,6 +78,10 @@ class Results:
         """Return the ways of pairing that were trained with one prediction, as long as the coupled arm."""
         return [pairing for pairing in PAIRINGS if self.last[kind] in self._shared_steps(kind, pairing)]
 
+    def trained(self, kind: str, pairing: str) -> int:
+        """Return the most training steps at which a way of pairing can be compared; 0 if there are none."""
+        return max(self._shared_steps(kind, pairing) & self._shared_steps(kind, OURS), default=0)
+
     def at(self, arm: str, steps: int, step: int) -> dict[int, float]:
         """Return the distances by seed."""
         return self.curves[arm].get(steps, {}).get(step, {})
@@ -159,16 +163,15 @@ def change_table(results: Results) -> str:
 
 
 def variant_table(results: Results) -> str | None:
-    """Change by other couplings, at the end of training."""
-    rows = [
-        [KINDS[kind], PAIRINGS[pairing]]
-        + [_percent(results.change(kind, n, results.last[kind], pairing)) for n in results.steps]
-        for kind in results.kinds
-        if len(results.pairings(kind)) > 2
-        for pairing in results.pairings(kind)
-        if pairing != BASE
-    ]
-    return _table(["", "noise", *(f"{n} steps" for n in results.steps)], rows) if rows else None
+    """Change by other couplings, at the end of their training, which may be shorter than that of the plain one."""
+    rows = []
+    for kind in results.kinds:
+        lasts = {pairing: results.trained(kind, pairing) for pairing in PAIRINGS if pairing not in (BASE, OURS)}
+        for step in sorted({step for step in lasts.values() if step}):
+            for pairing in (OURS, *(pairing for pairing, last in lasts.items() if last == step)):
+                changes = [results.change(kind, n, step, pairing) for n in results.steps]
+                rows.append([KINDS[kind], f"{step:,}", PAIRINGS[pairing], *map(_percent, changes)])
+    return _table(["", "training steps", "noise", *(f"{n} steps" for n in results.steps)], rows) if rows else None
 
 
 def thresholds(results: Results) -> list[tuple[str, int, float, float | None, float | None]]:
