@@ -180,7 +180,8 @@ def finished_cost(
 
 def _far_from_overflow(peak: float, depth: int, dtype: torch.dtype) -> bool:
     """Bound every cost by ``d * (2 * peak)**2``: only inputs near the limit of the type need a look at every entry."""
-    return 4.0 * depth * max(1.0, peak) ** 2 < torch.finfo(dtype).max
+    most = max(1.0, peak)
+    return 4.0 * depth * most * most < torch.finfo(dtype).max  # a power would raise where the product is infinite
 
 
 def _check_finite(cost: Tensor, metric: Metric) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ NEVER = 1 << 62  # bids
 RANGE = 8.0  # standard deviations of the cost that a sketch resolves
 FINE = 3.0  # steps of the sketch down to which epsilon is settled on it
 NORMAL = 1e-30  # least number of a sketch's steps per unit of cost, and one over the greatest: safe in float32
+FAINT, FAR = 2.0**-900, 600  # totals that are too small to be measured in levels, and the power of two that mends it
 SERIAL = 2_000_000  # matrices with fewer entries are read by one thread
 
 
@@ -139,6 +141,20 @@ def solve(
     warm = None if warm_start is None else np.asarray(warm_start, np.float64)
     with phase("conversion"):
         search = _Search(C, 1 if threads is None or C.size < SERIAL else threads, deadline)
+    if 0.0 < search.ceiling < FAINT:
+        # Costs that differ by next to nothing in float64: so many levels to the unit that their number overflows.
+        with np.errstate(over="ignore"):
+            nearer = np.clip(C * 2.0**FAR, -sys.float_info.max, sys.float_info.max)
+        found = solve(
+            nearer,
+            tolerance=tolerance,
+            max_bids=max_bids,
+            max_seconds=max_seconds,
+            warm_start=None if warm is None else warm * 2.0**FAR,
+            threads=threads,
+        )
+        small = {name: getattr(found, name) * 2.0**-FAR for name in ("prices", "total", "lower_bound")}
+        return replace(found, **small)
     return search.run(tolerance, math.inf if max_bids is None else max_bids, warm)
 
 

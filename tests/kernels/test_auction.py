@@ -102,6 +102,21 @@ def unmatched(cost):
     return state, free
 
 
+@pytest.mark.parametrize("huge", [False, True])
+@pytest.mark.parametrize("scale", [-1060, -1000, -880, 900])
+def test_a_power_of_two_changes_no_pair(scale, huge):
+    cost = np.random.default_rng(0).integers(0, 2**14, (70, 70)) * 1.0
+    plain = solve(cost)
+    scaled = np.ldexp(cost, scale)
+    if huge:
+        scaled[0, :5] = scaled[:5, 0] = 1e308
+        plain = solve(np.where(scaled == 1e308, 1e9, cost))
+    solution = solve(scaled)
+    assert (solution.index == plain.index).all()
+    assert solution.total == math.ldexp(plain.total, scale)
+    assert solution.gap <= 1e-6
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forests_alone_reach_the_optimum(name):
     cost = np.ascontiguousarray(FAMILIES[name](150, np.random.default_rng(1)), dtype=np.float32)
