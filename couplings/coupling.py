@@ -328,7 +328,8 @@ def couple(
     -----
     Runs without gradients and outside autocast; costs are float32 (float64 for float64 input), without TF32.
     Memory beyond the operands is O(n m), and one float32 copy of half-precision operands. Checking for NaN waits for
-    the device once.
+    the device once. Inside a function that `torch.compile` compiles, call ``torch.compiler.disable(couple)``, made
+    outside of it: a solver cannot be traced.
 
     References
     ----------

@@ -71,9 +71,10 @@ def assign(
     with phase("conversion"):
         centred = cost - cost.mean(1, keepdim=True)
         centred -= centred.mean(0)
+        centred /= _or_one(centred.abs().amax())  # squares of large or small costs would not be float32 numbers
         # Row by row: a sum over the whole matrix would be split, and rounded, as threads are available.
         deviation = centred.square().mean(1).mean().sqrt()
-        centred /= torch.where(deviation > 0, deviation, 1.0)
+        centred /= _or_one(deviation)
     mass = cost.new_full((n,), 1.0 / n)
     tolerance = 1e-5 / n**0.5
     with warnings.catch_warnings():
@@ -97,6 +98,11 @@ def assign(
         return Assignment(keys.argmax(1), marginal="resampled")
     order = torch.randperm(n, generator=generator, device=generator.device)
     return Assignment(_without_replacement(keys.cpu(), order.cpu()))
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    """Return what to divide by: 1 where there is nothing to scale."""
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def _check(reg: float, draw: str, max_iterations: int) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -173,9 +174,15 @@ def _check(
         msg = f"cost must be (n, m) with m >= n >= 1, got shape {cost.shape}; transpose it if rows outnumber columns"
         raise ValueError(msg)
     for name, value in (("tolerance", tolerance), ("max_bids", max_bids), ("max_seconds", max_seconds)):
+        if value is not None and not isinstance(value, Real):
+            msg = f"{name} must be a number, got {value!r}"
+            raise TypeError(msg)
         if value is not None and not value >= 0:
             msg = f"{name} must be at least 0, got {value}"
             raise ValueError(msg)
+    if max_bids is not None and max_bids != math.inf and max_bids != int(max_bids):
+        msg = f"max_bids must be a whole number, got {max_bids}"
+        raise ValueError(msg)
     if warm_start is not None and (np.shape(warm_start) != cost.shape[1:] or not np.isfinite(warm_start).all()):
         msg = f"warm_start must hold a finite price for each of {cost.shape[1]} columns, got {np.shape(warm_start)}"
         raise ValueError(msg)

@@ -258,7 +258,10 @@ def test_what_is_no_cost_is_refused(cost, error):
         solve(cost)
 
 
-@pytest.mark.parametrize("option", [{"tolerance": -1.0}, {"max_bids": -1}, {"max_seconds": math.nan}])
+@pytest.mark.parametrize(
+    "option",
+    [{"tolerance": -1.0}, {"max_bids": -1}, {"max_bids": 1.5}, {"max_bids": math.nan}, {"max_seconds": math.nan}],
+)
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ValueError, match="at least 0"):
         solve(np.eye(3), **option)

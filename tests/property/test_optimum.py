@@ -156,6 +156,19 @@ def test_matchings_select_distinct_rows_of_a_larger_pool(name, batch):
     assert not multiset(coupled.noise) - multiset(batch[1])
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e-7, 1e10, 1e15])
+def test_the_scale_of_a_batch_changes_nothing_for_sinkhorn(scale):
+    pytest.importorskip("ot")
+    generator = torch.Generator().manual_seed(0)
+    data, noise = (torch.randn(48, 64, generator=generator) for _ in range(2))
+    plain = couplings.couple(data, noise, "sinkhorn").reduction
+    assert plain > 0.05
+    scaled = couplings.couple((data * scale).double(), (noise * scale).double(), "sinkhorn").reduction
+    assert scaled == pytest.approx(float(plain), abs=0.01)
+    single = couplings.couple(data * scale, noise * scale, "sinkhorn").reduction
+    assert single == pytest.approx(float(plain), abs=0.01)
+
+
 def test_sinkhorn_nears_the_optimum_as_reg_falls():
     generator = torch.Generator().manual_seed(3)
     data, noise = (torch.randn(48, 4, generator=generator) for _ in range(2))
