@@ -859,6 +859,13 @@ def check(recipe: Recipe) -> None:
     expect(data.rows is None or data.rows >= 1, "data.rows", data.rows, "at least 1 or null")
     steps = recipe.evaluate.steps
     expect(bool(steps) and min(steps) >= 1, "evaluate.steps", steps, "positive numbers of sampling steps")
+    for name in ("samples", "batch_size"):
+        value = getattr(recipe.evaluate, name)
+        expect(value >= 1, f"evaluate.{name}", value, "at least 1")
+    levels = getattr(recipe.objective, "diffusion_steps", None)
+    expect(
+        levels is None or max(steps) <= levels, "evaluate.steps", steps, f"at most objective.diffusion_steps = {levels}"
+    )
     captioned = isinstance(recipe.objective, StableDiffusion)
     fitting = [name for name, kind in MODELS.items() if (kind is ConditionUnet) == captioned]
     expect(model.name in fitting, "model.name", model.name, f"{' or '.join(fitting)} for {recipe.objective.name}")

@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further))
         section = trained.recipe.evaluate
+        if section.samples < 2:
+            msg = f"evaluate.samples: got {section.samples}, expected at least 2: a distribution has a variance"
+            raise RecipeError(msg)
         network = measure.feature_network(section.features, trained.source, trained.recipe.output)
     except (RecipeError, DataError, CheckpointError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

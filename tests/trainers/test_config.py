@@ -21,6 +21,8 @@ from integrations import config, demo
             "objective.sampler: got 'pndm', expected ddim for objective.prediction = sample",
         ),
         (["ddim-digits", "--evaluate.steps", "[0]"], r"evaluate.steps: got \[0\]"),
+        (["ddim-digits", "--evaluate.steps", "[5000]"], r"evaluate.steps: got \[5000\].*diffusion_steps = 1000"),
+        (["ddim-digits", "--evaluate.samples", "0"], "evaluate.samples: got 0, expected at least 1"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, message):
