@@ -144,10 +144,26 @@ def level(c: Any, r: float, scale: float) -> Any:
 
 
 @jit
+def cheapest(costs: Costs, i: int, p: Floats) -> float:
+    """Least ``level + price`` of a row, over all columns one by one."""
+    best = np.inf
+    for j in range(p.size):
+        best = min(best, level(costs.C[i, j], costs.low[i], costs.scale) + p[j])
+    return best
+
+
+@jit
 def coarsen(p: float, base: float, step: float) -> Any:
     """Sketch of a price."""
     x = (p - base) / step
     return short(x if x < COARSE else COARSE)
+
+
+@jit
+def lift(costs: Costs, prices: Prices, j: int, by: float) -> None:
+    """Raise a price, and its sketch with it."""
+    prices.exact[j] += by
+    prices.coarse[j] = coarsen(prices.exact[j], prices.base, costs.step)
 
 
 @jit
@@ -402,8 +418,7 @@ def bid(
             aside[waiting] = i
             waiting += 1
             continue
-        p[j] += second - best + eps
-        prices.coarse[j] = coarsen(p[j], prices.base, costs.step)
+        lift(costs, prices, j, second - best + eps)
         owner[j] = i
         mate[i] = j
         if previous >= 0:
@@ -648,10 +663,7 @@ def grow(
     for k in range(count):
         i = free[k]
         root[i] = i
-        least = np.inf
-        for j in range(m):
-            least = min(least, level(costs.C[i, j], costs.low[i], costs.scale) + p[j])
-        relax(costs, i, p, -least, dist, key, back)
+        relax(costs, i, p, -cheapest(costs, i, p), dist, key, back)
     met = 0
     vacant = 0
     farthest = 0.0
@@ -674,8 +686,7 @@ def grow(
                         met += 1
     for j in range(m):
         if dist[j] < farthest:
-            p[j] += farthest - dist[j]
-            prices.coarse[j] = coarsen(p[j], prices.base, costs.step)
+            lift(costs, prices, j, farthest - dist[j])
     left = 0
     for k in range(count):
         source = free[k]
@@ -705,12 +716,8 @@ def suit(costs: Costs, p: Floats, mate: Integers, suits: Words) -> None:
     m = p.size
     for i in range(mate.size):
         r = costs.low[i]
-        best = np.inf
-        if mate[i] >= 0:
-            best = level(costs.C[i, mate[i]], r, costs.scale) + p[mate[i]]
-        else:
-            for j in range(m):
-                best = min(best, level(costs.C[i, j], r, costs.scale) + p[j])
+        k = mate[i]
+        best = level(costs.C[i, k], r, costs.scale) + p[k] if k >= 0 else cheapest(costs, i, p)
         for w in range(suits.shape[1]):
             word = np.uint64(0)
             for j in range(64 * w, min(64 * w + 64, m)):
@@ -890,8 +897,7 @@ def augment(
         for k in range(touches):
             j = touched[k]
             if closed[j] > 0.0:
-                p[j] += bound - dist[j]
-                prices.coarse[j] = coarsen(p[j], prices.base, costs.step)
+                lift(costs, prices, j, bound - dist[j])
                 closed[j] = 0.0
             dist[j] = np.inf
         flip(back, owner, mate, source, end)
@@ -924,8 +930,7 @@ def slacks(costs: Costs, prices: Prices, mate: Integers, slack: Floats, dual: Fl
                 for b in range(mins.size):
                     u = mins[b] if mins[b] < u else u
             else:
-                for k in range(p.size):
-                    u = min(u, level(C[i, k], low[i], scale) + p[k])
+                u = cheapest(costs, i, p)
         dual[i] = u
         slack[i] = own - u
 

@@ -174,13 +174,15 @@ def _check(
         msg = f"cost must be (n, m) with m >= n >= 1, got shape {cost.shape}; transpose it if rows outnumber columns"
         raise ValueError(msg)
     for name, value in (("tolerance", tolerance), ("max_bids", max_bids), ("max_seconds", max_seconds)):
-        if value is not None and not isinstance(value, Real):
+        if value is None:
+            continue
+        if not isinstance(value, Real):
             msg = f"{name} must be a number, got {value!r}"
             raise TypeError(msg)
-        if value is not None and not value >= 0:
+        if not value >= 0:
             msg = f"{name} must be at least 0, got {value}"
             raise ValueError(msg)
-    if max_bids is not None and max_bids != math.inf and max_bids != int(max_bids):
+    if max_bids not in (None, math.inf) and max_bids != int(max_bids):
         msg = f"max_bids must be a whole number, got {max_bids}"
         raise ValueError(msg)
     if warm_start is not None and (np.shape(warm_start) != cost.shape[1:] or not np.isfinite(warm_start).all()):
@@ -302,15 +304,13 @@ class _Search:
             if self._bid(free, n, max(1.0, np.rint(eps)), min(max_bids, self.bids + WAR * n), dull):
                 if self.reads >= dull:
                     # So many columns are within epsilon that lists are of no use: leave all to the shortest paths.
-                    self._release(free)
-                    self._open(np.zeros(n))
+                    self._restart(free, np.zeros(n))
                     return None
                 if reduced or self._spent(max_bids):
                     return None
                 # A price war: some columns are far from every row, and bids close that distance in small steps.
                 reduced = True
-                self._release(free)
-                self._open(self._reduced_columns())
+                self._restart(free, self._reduced_columns())
                 continue
             if tolerance > 0.0:
                 best = self._solution()
@@ -340,8 +340,7 @@ class _Search:
                     break
             if left and not self._spent(max_bids):
                 # A price war, or a price too high to sketch: begin anew, on the lists.
-                self._release(free)
-                self._open(np.zeros(self.n))
+                self._restart(free, np.zeros(self.n))
                 return first, None
             if left:
                 break
@@ -386,6 +385,11 @@ class _Search:
         self.owner = np.full(self.m, -1)
         self.mate = np.full(self.n, -1)
         free[:] = np.arange(self.n - 1, -1, -1)
+
+    def _restart(self, free: npt.NDArray[np.int64], prices: npt.NDArray[np.float64]) -> None:
+        """Free every row, and begin anew at these prices."""
+        self._release(free)
+        self._open(prices)
 
     def _patience(self) -> int:
         """Bids between two looks at the clock."""
