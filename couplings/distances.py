@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from couplings._names import unknown
-from couplings.quantization import Operand, inner_products
+from couplings.quantization import Operand, inner_products, largest
 
 Metric = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -201,12 +201,11 @@ def _inverse_norms(x: Tensor) -> Tensor:
 
 def _moderate(x: Operand) -> Operand:
     """Bring lengths near 1, all by the same power of two, if products of them could vanish or overflow."""
-    low, high = torch.aminmax(x.values)
-    peak = max(-low.item(), high.item())
+    peak = largest(x.values) if x.peak is None else x.peak
     if peak == 0.0 or 1.0 / _MODERATE < peak < _MODERATE:
         return x
     factor = 2.0 ** -max(-120, min(120, round(math.log2(peak))))
-    return Operand(x.values * factor, x.codes, None if x.scale is None else x.scale * factor)
+    return Operand(x.values * factor, x.codes, None if x.scale is None else x.scale * factor, peak * factor)
 
 
 def _l1_matrix(x: Tensor, y: Tensor) -> Tensor:

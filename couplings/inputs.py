@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from couplings.quantization import largest
+
 Array = Tensor | np.ndarray[Any, Any]
 
 
@@ -104,8 +106,7 @@ def working_copy(value: Tensor, name: str) -> tuple[Tensor, float]:
     """
     dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
     flat = value.reshape(len(value), -1).to(dtype)
-    low, high = (bound.item() for bound in torch.aminmax(flat))
-    peak = max(-low, high)
+    peak = largest(flat)
     if not peak < float("inf"):  # NaN compares false
         bad = (~torch.isfinite(flat)).any(1).nonzero().flatten()
         msg = (

@@ -88,15 +88,24 @@ class Operand:
         The same values before scaling back, in the narrow type.
     scale : 0-d Tensor or None
         ``values == codes * scale``.
+    peak : float or None
+        Largest magnitude before rounding, where it is known.
     """
 
     values: Tensor
     codes: Tensor | None = None
     scale: Tensor | None = None
+    peak: float | None = None
 
     def __getitem__(self, rows: Tensor) -> Operand:
         codes = None if self.codes is None else self.codes[rows]
         return Operand(self.values[rows], codes, self.scale)
+
+
+def largest(values: Tensor) -> float:
+    """Largest magnitude, in one pass without a temporary; NaN if there is one. Waits for the device."""
+    low, high = torch.aminmax(values)
+    return max(-low.item(), high.item())
 
 
 def quantized(values: Tensor, name: str | None, *, peak: float | None = None) -> Operand:
@@ -116,19 +125,19 @@ def quantized(values: Tensor, name: str | None, *, peak: float | None = None) ->
     Operand
     """
     if name is None:
-        return Operand(values)
+        return Operand(values, peak=peak)
     dtype, limit = _TYPES[name]
     if limit is None:
         # The largest float32 values round up to infinity in bfloat16; its largest finite value is the answer.
         top = torch.finfo(dtype).max
         codes = values.clamp(-top, top).to(dtype)
-        return Operand(codes.to(values.dtype), codes, values.new_ones(()))
+        return Operand(codes.to(values.dtype), codes, values.new_ones(()), peak)
     largest = torch.linalg.vector_norm(values, ord=float("inf")) if peak is None else values.new_tensor(peak)
     # A peak of a few denormals would give a scale of zero and the division below infinity.
     scale = torch.where(largest > 0, (largest / limit).clamp_min(torch.finfo(values.dtype).tiny), 1.0)
     scaled = (values / scale).clamp_(-limit, limit)
     codes = (scaled.round_() if dtype is torch.int8 else scaled).to(dtype)
-    return Operand(codes.to(values.dtype).mul_(scale), codes, scale)
+    return Operand(codes.to(values.dtype).mul_(scale), codes, scale, peak)
 
 
 def inner_products(x: Operand, y: Operand, *, factor: float = 1.0) -> Tensor:
