@@ -90,18 +90,6 @@ def test_prices_prove_the_optimum():
     assert bound == pytest.approx(optimum(cost), rel=1e-9)
 
 
-def unmatched(cost):
-    """Return a solver's state before its first bid, with all rows free."""
-    state = auction._Search(cost, 1, math.inf)
-    n, m = cost.shape
-    scale = math.ldexp(1.0, math.floor(math.log2(loops.CAP / (state.ceiling or 1.0))) - 1)
-    state.costs = loops.Costs(cost, state.low, scale, state.sketch[:, :0].copy(), 0.0)
-    free = np.empty(n, np.int64)
-    state._release(free)
-    state._open(np.zeros(m))
-    return state, free
-
-
 @pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("scale", [-1060, -1000, -880, 900])
 def test_a_power_of_two_changes_no_pair(scale, huge):
@@ -115,6 +103,18 @@ def test_a_power_of_two_changes_no_pair(scale, huge):
     assert (solution.index == plain.index).all()
     assert solution.total == math.ldexp(plain.total, scale)
     assert solution.gap <= 1e-6
+
+
+def unmatched(cost):
+    """Return a solver's state before its first bid, with all rows free."""
+    state = auction._Search(cost, 1, math.inf)
+    n, m = cost.shape
+    scale = math.ldexp(1.0, math.floor(math.log2(loops.CAP / (state.ceiling or 1.0))) - 1)
+    state.costs = loops.Costs(cost, state.low, scale, state.sketch[:, :0].copy(), 0.0)
+    free = np.empty(n, np.int64)
+    state._release(free)
+    state._open(np.zeros(m))
+    return state, free
 
 
 @pytest.mark.parametrize("name", FAMILIES)
