@@ -815,9 +815,14 @@ def check(recipe: Recipe) -> None:
             msg = f"{name}: got {value!r}, expected {expected}"
             raise RecipeError(msg)
 
-    for name in ("steps", "global_batch_size", "batch_size_per_device", "log_every", "checkpoint_every", "keep_last"):
-        value = getattr(train, name)
-        expect(value >= 1, f"train.{name}", value, "at least 1")
+    counts = {
+        "train": ("steps", "global_batch_size", "batch_size_per_device", "log_every", "checkpoint_every", "keep_last"),
+        "evaluate": ("samples", "batch_size"),
+    }
+    for section, names in counts.items():
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            expect(value >= 1, f"{section}.{name}", value, "at least 1")
     expect(
         train.global_batch_size % train.batch_size_per_device == 0,
         "train.global_batch_size",
@@ -859,9 +864,6 @@ def check(recipe: Recipe) -> None:
     expect(data.rows is None or data.rows >= 1, "data.rows", data.rows, "at least 1 or null")
     steps = recipe.evaluate.steps
     expect(bool(steps) and min(steps) >= 1, "evaluate.steps", steps, "positive numbers of sampling steps")
-    for name in ("samples", "batch_size"):
-        value = getattr(recipe.evaluate, name)
-        expect(value >= 1, f"evaluate.{name}", value, "at least 1")
     levels = getattr(recipe.objective, "diffusion_steps", None)
     expect(
         levels is None or max(steps) <= levels, "evaluate.steps", steps, f"at most objective.diffusion_steps = {levels}"

@@ -90,6 +90,13 @@ def test_evaluate_refuses_features_it_cannot_have(run, capsys, arguments, messag
     assert message in capsys.readouterr().err
 
 
+def test_evaluate_refuses_a_distribution_of_one_image(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(run), "--samples", "1"])
+    assert end.value.code == 2
+    assert "evaluate.samples: got 1, expected at least 2" in capsys.readouterr().err
+
+
 def _importable(name):
     from importlib.util import find_spec
 
