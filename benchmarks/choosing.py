@@ -305,7 +305,7 @@ def _not(facts: Facts) -> list[str]:
 
 def _weights() -> str:
     """Say which losses coupling helps, from the training on Fashion-MNIST."""
-    results = training_report.Results(training.read(training.RESULTS / "training.jsonl"))
+    results = training.committed()
     kinds = [kind for kind in ("image", "v", "flow", "weighted", "epsilon") if kind in results.kinds]
     changes = {kind: change[0] for kind in kinds if (change := results.change(kind, 10, results.last[kind]))}
     listed = [f"{100 * value:+.0f}% for {training_report.KINDS[kind]}" for kind, value in changes.items()]

@@ -125,13 +125,12 @@ def _couple(instance: Instance, threads: int) -> Call:
     return lambda: (instance.data, couple(instance.data, instance.noise).noise)
 
 
-def _torchcfm(limit: int | None) -> Callable[[Instance, int], Call]:
+def _torchcfm(**options: Any) -> Callable[[Instance, int], Call]:
     def make(instance: Instance, threads: int) -> Call:
         from torchcfm.optimal_transport import OTPlanSampler
 
         sampler = OTPlanSampler("exact")
-        if limit is not None:
-            sampler.ot_fn = partial(sampler.ot_fn, numItermax=limit)
+        sampler.ot_fn = partial(sampler.ot_fn, **options)
         return lambda: sampler.sample_plan(instance.noise, instance.data)[::-1]
 
     return make
@@ -226,8 +225,8 @@ TASKS: dict[str, list[Contender]] = {
     "solve": _SOLVERS,
     "couple": [
         Contender(OURS, None, _couple),
-        Contender("TorchCFM", "torchcfm", _torchcfm(None)),
-        Contender("TorchCFM, to the optimum", "torchcfm", _torchcfm(10**9)),
+        Contender("TorchCFM", "torchcfm", _torchcfm()),
+        Contender("TorchCFM, to the optimum", "torchcfm", _torchcfm(numItermax=10**9)),
         Contender("cdist + scipy", "scipy", _trainer(1)),
         Contender("squared cdist + scipy", "scipy", _trainer(2)),
         Contender("TorchEBM", "torchebm", _torchebm),

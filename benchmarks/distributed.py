@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,6 @@ def _rank(rank: int, ranks: int, meeting: str, out: str) -> None:
             records += _wire(ranks, rows, noise)
     if ranks > 1:
         records += _rates(rank, ranks, data, noise)
-    if ranks > 1:
         dist.destroy_process_group()
     if rank == 0:
         Path(out).write_text(json.dumps(records))
@@ -317,8 +317,9 @@ EFFICIENCY = 0.7
 # 0.6 us over NVLink, 1 us over PCIe, 2.7 us over a network.
 EXCHANGE, NVLINK_HOP, PCIE_HOP, FAR_HOP = 6.6e-6, 0.6e-6, 1e-6, 2.7e-6
 LAUNCHES = 60 * 5e-6  # seconds, assumed: kernels and copies of a call, and what each takes to launch
+_Servers = partial(Cluster, per_node=8, exchange=EXCHANGE, far_hop=FAR_HOP, idle={"launches": LAUNCHES})
 CLUSTERS = (
-    Cluster(
+    _Servers(
         name="A6000, PCIe, 1 x HDR",
         flops=38.7e12,
         memory=768e9,
@@ -326,14 +327,10 @@ CLUSTERS = (
         network=25e9,
         adapter=25e9,
         host=32e9,
-        per_node=8,
-        exchange=EXCHANGE,
         hop=PCIE_HOP,
-        far_hop=FAR_HOP,
-        idle={"launches": LAUNCHES},
         source="RTX A6000 data sheet: 38.7 TFLOPS, 768 GB/s, PCIe 4.0 x16; InfiniBand HDR 200 Gb/s",
     ),
-    Cluster(
+    _Servers(
         name="A800, NVLink, 8 x HDR",
         flops=19.5e12,
         memory=2039e9,
@@ -341,15 +338,11 @@ CLUSTERS = (
         network=200e9,
         adapter=25e9,
         host=32e9,
-        per_node=8,
-        exchange=EXCHANGE,
         hop=NVLINK_HOP,
-        far_hop=FAR_HOP,
-        idle={"launches": LAUNCHES},
         source="A800 data sheet: 19.5 TFLOPS, 2039 GB/s, NVLink 400 GB/s both ways, PCIe 4.0 x16; "
         "InfiniBand HDR 200 Gb/s",
     ),
-    Cluster(
+    _Servers(
         name="H100, NVLink, 8 x NDR",
         flops=67e12,
         memory=3350e9,
@@ -357,11 +350,7 @@ CLUSTERS = (
         network=400e9,
         adapter=50e9,
         host=64e9,
-        per_node=8,
-        exchange=EXCHANGE,
         hop=NVLINK_HOP,
-        far_hop=FAR_HOP,
-        idle={"launches": LAUNCHES},
         source="H100 SXM data sheet: 67 TFLOPS, 3350 GB/s, NVLink 900 GB/s both ways, PCIe 5.0 x16; "
         "InfiniBand NDR 400 Gb/s",
     ),

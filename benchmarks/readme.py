@@ -54,7 +54,7 @@ def demo_table() -> str:
 
 def training_table() -> str:
     """Markdown table of what coupling changed in the training benchmark."""
-    return training_report.block(training_report.Results(training.read(training.RESULTS / "training.jsonl")))
+    return training_report.block(training.committed())
 
 
 def solvers_paragraph() -> str:

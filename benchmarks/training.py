@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import training_report
 from .record import PACKAGES, environment
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -181,6 +182,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def committed() -> training_report.Results:
+    """Return the results that are part of the repository."""
+    return training_report.Results(read(RESULTS / "training.jsonl"))
+
+
 def settings(recipe: Any) -> dict[str, Any]:
     """Return what decides the numbers of a checkpoint: the recipe without its places and without its length.
 
@@ -280,8 +286,6 @@ def main(argv: list[str] | None = None) -> None:
         run(arguments, Session(source_name(arguments.data), arguments.runs, records, tuple(further)))
     elif further:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
-
-    from . import training_report
 
     try:
         written = training_report.write(read(records), arguments.output)

@@ -425,10 +425,7 @@ def _weights(results: Results) -> str | None:
         f"{_listed([f'{_percent(change)} at {n}' for n, change in zip(steps, changes[kind], strict=True)])} {text}"
         for kind, text in (
             ("v", "sampling steps with its own weights"),
-            (
-                "weighted",
-                "with epsilon's, SNR / (SNR + 1), which all but leave out the noisiest levels",
-            ),
+            ("weighted", "with epsilon's, SNR / (SNR + 1), which all but leave out the noisiest levels"),
             ("epsilon", "with epsilon prediction itself"),
         )
     ]
