@@ -1,4 +1,4 @@
-"""Collectives between the ranks of a process group: timed, counted, and failing on every rank together.
+"""Collectives between the ranks of a process group: counted, and failing on every rank together.
 
 Collectives hang when one rank does not join. What a rank computes between two of them is therefore attempted
 (`attempt`): an error is kept, told to the others with the next message, and then raised by all (`Ranks.fail`).
@@ -7,7 +7,6 @@ Collectives hang when one rank does not join. What a rank computes between two o
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from couplings.stages import stage
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -26,50 +27,6 @@ T = TypeVar("T")
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, TypeError, ImportError, MemoryError, RuntimeError)
 }
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One step of a coupling over ranks, as this rank saw it.
-
-    Attributes
-    ----------
-    name : str
-    seconds : float
-        Time on the host, waiting for other ranks included. Work on a GPU is not waited for.
-    received : int
-        Bytes that came from other ranks; summed over ranks, what crossed the wire.
-    """
-
-    name: str
-    seconds: float
-    received: int = 0
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a coupling over ranks cost this rank.
-
-    Attributes
-    ----------
-    phases : tuple of Phase
-        In the order in which they ran.
-    """
-
-    phases: tuple[Phase, ...]
-
-    @property
-    def seconds(self) -> float:
-        """Time in all phases."""
-        return sum(phase.seconds for phase in self.phases)
-
-    @property
-    def received(self) -> int:
-        """Bytes that came from other ranks in all phases."""
-        return sum(phase.received for phase in self.phases)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{p.name} {1e3 * p.seconds:.2f} ms {p.received} B" for p in self.phases)
 
 
 @dataclass(frozen=True)
@@ -101,27 +58,14 @@ class Ranks:
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self._backends = dict(part.split(":", 1) for part in dist.get_backend_config(group).split(","))
-        self._phases: list[Phase] = []
-
-    @property
-    def trace(self) -> Trace:
-        """What has run so far."""
-        return Trace(tuple(self._phases))
 
     def name(self, rank: int) -> str:
         """Name a rank of the group as its process is known everywhere else."""
         return f"rank {dist.get_global_rank(self.group, rank)}"
 
-    @contextmanager
-    def phase(self, name: str, received: int = 0) -> Iterator[None]:
-        """Time what runs inside."""
-        start = time.perf_counter()
-        yield
-        self._phases.append(Phase(name, time.perf_counter() - start, received))
-
     def attempt(self, name: str, compute: Callable[..., T], *args: Any) -> Outcome[T]:
-        """Run a phase of this rank's own work, and keep its error until every rank can raise it."""
-        with self.phase(name):
+        """Do this rank's own work, and keep its error until every rank can raise it."""
+        with stage(name):
             try:
                 return Outcome(compute(*args))
             except Exception as error:
@@ -162,7 +106,7 @@ class Ranks:
         Parameters
         ----------
         name : str
-            Of the phase.
+            Of the stage.
         row : (k,) Tensor
             On the CPU.
 
@@ -183,7 +127,7 @@ class Ranks:
         Parameters
         ----------
         name : str
-            Of the phase.
+            Of the stage.
         rows : (counts[rank], *shape) Tensor
             Any dtype, the same shape and dtype on every rank.
         counts : sequence of int
@@ -239,7 +183,7 @@ class Ranks:
 
     @contextmanager
     def _collective(self, name: str, received: int) -> Iterator[None]:
-        with self.phase(name, received):
+        with stage(name, received):
             try:
                 yield
             except RuntimeError as error:

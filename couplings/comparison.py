@@ -23,7 +23,7 @@ from couplings._names import unknown
 from couplings.assigners.registry import MethodInfo, find, methods
 from couplings.coupling import Coupled, Coupling
 from couplings.environment import missing_packages
-from couplings.phases import recorded
+from couplings.stages import recorded
 
 __all__ = [
     *("CANDIDATES", "Batch", "Cell", "Optimum", "Timing"),
@@ -392,10 +392,10 @@ def clock(batch: Batch, coupling: Coupling, seed: int, repeats: int) -> tuple[Ti
     with _collected_warnings():
         try:
             while not times or (len(times) < repeats and sum(times) < _TIME_PER_CELL):
-                with recorded(timer) as seconds:
+                with recorded(timer) as record:
                     coupling(batch.data, noise, condition=batch.condition, generator=_generator(seed))
-                times.append(sum(seconds.values()))
-                phases.append(seconds)
+                times.append(sum(record.seconds.values()))
+                phases.append(record.seconds)
         except Exception as error:  # as in `attempt`
             return None, _said(error)
     return Timing.of(times, phases), None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -13,28 +17,36 @@ from torch import Tensor
 from couplings import inputs
 from couplings._names import unknown
 from couplings._types import Marginal, Scope
-from couplings.assigners.randomness import private_generator
+from couplings.assigners.method import Assignment, Method
 from couplings.assigners.registry import find
 from couplings.conditions import canonical_condition_metric, check_condition_weight
-from couplings.distances import Metric, canonical_metric, full_float32
+from couplings.distances import Metric, canonical_metric
 from couplings.inputs import Array
-from couplings.pairing import Batch, Pairing, Plan, pair
-from couplings.phases import phase
-from couplings.quantization import canonical_quantizer, canonical_wire
+from couplings.problem import Certificate, Distances, Pricing, Problem, certificate, take, take_tied
+from couplings.quantization import canonical_quantizer
+from couplings.stages import stage
 
-if TYPE_CHECKING:
-    from couplings.collectives import Trace
-
+NDArray = np.ndarray[Any, Any]
 MethodLike = str | Callable[..., Any]
-T = TypeVar("T", Tensor, "np.ndarray[Any, Any]")
+A = TypeVar("A", Tensor, NDArray)
+T = TypeVar("T", Tensor, NDArray)
 
-# Options of every method; what is left belongs to the method itself.
-_SHARED_OPTIONS = {"condition_weight": 1.0, "condition_metric": "sqeuclidean"}
-_GLOBAL_OPTIONS = ("group", "wire")
+Condition = Array | tuple[Array, Array]
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Options of every method, beside those of `Pricing`; what is left belongs to the method itself.
+_PRICING_OPTIONS = ("condition_weight", "condition_ratio", "condition_metric", "check_finite")
+_SHARED_OPTIONS = (*_PRICING_OPTIONS, "select", "group")
 
 
-@dataclass(frozen=True, eq=False)
-class Coupled:
+def _outside_graphs(function: F) -> F:
+    """Let `torch.compile` break its graph at a function: `torch.compiler.disable`, without importing the compiler."""
+    function.__dict__["_torchdynamo_disable"] = True
+    return function
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Coupled(Generic[A]):
     """What a coupling returns.
 
     Attributes
@@ -49,31 +61,32 @@ class Coupled:
         choice.
     cost, cost_before : 0-d Tensor or array
         Mean distance of the pairs in the metric, after coupling and before (the identity pairing of the first n rows).
-    gap : float or None
-        Upper bound on ``(cost - optimum) / |cost|`` for the matrix that was solved, from dual prices; None where the
-        method has no certificate.
-    trace : Trace or None
-        Bytes and seconds of each phase, after a coupling over several ranks.
     """
 
-    noise: Any
-    index: Any
+    noise: A
+    index: A
     marginal: Marginal
-    cost: Any
-    cost_before: Any
-    gap: float | None
-    _rows: int = field(repr=False)
-    _apply: Callable[[Any], Any] | None = field(default=None, repr=False)
-    trace: Trace | None = field(default=None, repr=False)
+    cost: A
+    cost_before: A
+    _certificate: Certificate | None = None
+    _apply: Callable[[Any], Any] = field(default=lambda t: t)
 
     @property
-    def reduction(self) -> Any:
+    def reduction(self) -> A:
         """0-d Tensor or array: ``1 - cost / cost_before``; 0 where both are 0."""
-        change = self.cost_before - self.cost
-        if isinstance(change, Tensor):
-            return torch.where(change == 0, torch.zeros_like(change), change / self.cost_before)
+        if isinstance(self.cost, Tensor):
+            return torch.where(self.cost == self.cost_before, 0.0, 1.0 - self.cost / self.cost_before)
         with np.errstate(divide="ignore"):  # minus infinity, as torch says without a word
-            return np.asarray(change / self.cost_before if change else 0.0, dtype=self.cost.dtype)
+            reduction = 0.0 if self.cost == self.cost_before else 1.0 - self.cost / self.cost_before
+        return np.asarray(reduction, dtype=self.cost.dtype)
+
+    @cached_property
+    def gap(self) -> float | None:
+        """Upper bound on ``(cost - optimum) / |cost|`` for the matrix that was solved, from dual prices.
+
+        None where the method has no certificate. Waits for the device when first read.
+        """
+        return None if self._certificate is None else self._certificate.gap
 
     def apply(self, t: T) -> T:
         """Permute anything else that is tied to the noise, such as its seeds or its mask.
@@ -100,12 +113,14 @@ class Coupled:
         After a coupling with ``scope="global"`` this is collective: every rank passes its rows and gets its rows.
         Gradients do not follow them to other ranks.
         """
-        if self._apply is None:
-            return take_tied(t, self.index, self._rows)
         moved: T = self._apply(t)
         return moved
 
+    def __repr__(self) -> str:
+        return f"Coupled(noise={tuple(self.noise.shape)} {self.noise.dtype}, marginal={self.marginal!r})"
 
+
+@dataclass(frozen=True, init=False)
 class Coupling:
     """A coupling with its choices made: call it on batches.
 
@@ -114,15 +129,17 @@ class Coupling:
     method : str or callable
         A name or an alias from `couplings.methods()`, or ``fn(cost, *, generator=None) -> (n,) index``.
     metric : str or callable
-        A name from `couplings.metrics()`, or ``fn(data, noise) -> (n, m) cost`` on flattened operands.
+        A name from `couplings.metrics()`, or ``fn(data, noise) -> (n, m) cost`` on flattened operands; ``+inf`` in it
+        forbids a pair.
     quantize : str or None
         A name from `couplings.quantizers()`: rounds the operands of the cost, never the noise that is returned.
     scope : {"local", "global"}
         Couple within this process, or over all ranks of the process group.
     **options
-        The method's own options, and ``condition_weight`` (default 1.0), ``condition_metric`` (``"sqeuclidean"`` or
-        ``"cosine"``), and for ``scope="global"`` ``group`` (a process group) and ``wire`` (a
-        quantizer's name or its dtype, such as ``torch.float16``: the type in which noise travels to be priced).
+        The method's own options, and those of every method: ``condition_weight`` (default 1.0, or ``"auto"`` with
+        ``condition_ratio``), ``condition_metric`` (``"sqeuclidean"`` or ``"cosine"``), ``check_finite`` (default True:
+        look for NaN and infinity), ``select`` (default False: take more noise rows than data rows, and choose), and
+        for ``scope="global"`` ``group`` (a process group).
 
     Raises
     ------
@@ -140,6 +157,12 @@ class Coupling:
     torch.Size([8, 3, 4, 4])
     """
 
+    method: MethodLike
+    metric: Metric
+    quantize: str | None
+    scope: Scope
+    options: Mapping[str, Any]
+
     def __init__(
         self,
         method: MethodLike = "auction",
@@ -148,70 +171,111 @@ class Coupling:
         scope: Scope = "local",
         **options: Any,
     ) -> None:
-        entry = find(method)
-        self.method: MethodLike = entry.info.name if isinstance(method, str) else method
-        self.metric: Metric = canonical_metric(metric)
-        self.quantize = canonical_quantizer(quantize)
+        found = find(method)
         if not isinstance(scope, str) or scope.lower() not in get_args(Scope):
             raise ValueError(unknown("scope", scope, get_args(Scope)))
-        self.scope: Scope = cast(Scope, scope.lower())
-        self.options: dict[str, Any] = dict(options)
-        if "wire" in options:
-            self.options["wire"] = canonical_wire(options["wire"])
         if "condition_metric" in options:
-            self.options["condition_metric"] = canonical_condition_metric(options["condition_metric"])
-        check_condition_weight(options.get("condition_weight", _SHARED_OPTIONS["condition_weight"]))
-        self._check_options(entry.option_names, entry.info.name)
+            options["condition_metric"] = canonical_condition_metric(options["condition_metric"])
+        check_condition_weight(options.get("condition_weight", 1.0), options.get("condition_ratio"))
+        fields = {
+            "method": found.info.name if isinstance(method, str) else method,
+            "metric": canonical_metric(metric),
+            "quantize": canonical_quantizer(quantize),
+            "scope": scope.lower(),
+            "options": MappingProxyType(options),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        _check_options(found, options, scope.lower())
 
-    def _check_options(self, known: frozenset[str] | None, method: str) -> None:
-        for name in self.options:
-            if name in _SHARED_OPTIONS:
-                continue
-            if name in _GLOBAL_OPTIONS:
-                if self.scope == "local":
-                    msg = f"{name}= is an option of scope='global'."
-                    raise TypeError(msg)
-                continue
-            if known is not None and name not in known:
-                kind = f"option of the method {method}:"
-                raise TypeError(unknown(kind, name, known | set(_SHARED_OPTIONS)))
+    @cached_property
+    def _method(self) -> Method:
+        return find(self.method)
 
+    @cached_property
+    def _method_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name not in _SHARED_OPTIONS}
+
+    @cached_property
+    def _pricing(self) -> Pricing:
+        chosen = {name: self.options[name] for name in _PRICING_OPTIONS if name in self.options}
+        return Pricing(self.metric, self.quantize, **chosen)
+
+    @_outside_graphs
     def __call__(
         self,
-        data: Array,
-        noise: Array,
+        data: A,
+        noise: A,
         *,
-        condition: Array | None = None,
+        condition: Condition | None = None,
+        noise_condition: Condition | None = None,
         generator: torch.Generator | None = None,
-    ) -> Coupled:
+    ) -> Coupled[A]:
         """Couple a batch; see `couple`."""
+        method, options = self._method, self._method_options
+
+        def check() -> Problem:
+            inputs.check_generator(generator)
+            x, y = inputs.check_pair(data, noise)
+            _check_rows(method, len(x), len(y), select=bool(self.options.get("select")))
+            conditions = inputs.check_conditions(condition, noise_condition, x, y, rows_apart=method.ignores_condition)
+            return Problem.of(x, y, self._pricing, conditions)
+
+        group = None
         if self.scope == "global":
-            from couplings.distributed import couple_globally, process_group
+            from couplings.distributed import couple_over_ranks, process_group
 
             group = process_group(self.options.get("group"))
-            if group is not None:
-                return couple_globally(self, data, noise, condition, generator, group)
-        inputs.check_generator(generator)
-        generator = generator or private_generator()
+        if group is not None:
+            settings = {"method": self.method, "metric": self.metric, "quantize": self.quantize}
+            settings |= {name: value for name, value in sorted(self.options.items()) if name != "group"}
+            return self._result(data, *couple_over_ranks(group, check, noise, method, options, settings, generator))
         with torch.no_grad():
-            with phase("checks"):
-                x, y = inputs.check_pair(data, noise)
-                plan = self.plan()
-                check_rows(plan, len(x), len(y), condition is not None)
-            with torch.autocast(x.device.type, enabled=False), full_float32(x.device):
-                with phase("checks"):
-                    batch = prepare(x, y, condition)
-                pairing = pair(batch, plan, generator)
-            with phase("gather"):
-                return finish(pairing, y, as_numpy=isinstance(data, np.ndarray))
+            with stage("checks"):
+                problem = check()
+            with _without_autocast(problem.data.device):
+                cost = None
+                if method.info.needs == "cost":
+                    cost = problem.cost(method)
+                elif self._pricing.check_finite:
+                    problem.check_finite()
+                answer = problem.solve(method, cost, options, generator)
+                with stage("report"):
+                    distances = problem.distances(answer.index)
+        with stage("gather"):
+            moved = take(inputs.as_tensor(noise, "noise"), answer.index)
+        return self._result(data, moved, answer, distances, problem, lambda t: take_tied(t, answer.index, len(noise)))
 
-    def plan(self) -> Plan:
-        """Resolve the names."""
-        options = dict(self.options)
-        shared = {name: options.pop(name, default) for name, default in _SHARED_OPTIONS.items()}
-        for name in _GLOBAL_OPTIONS:
-            options.pop(name, None)
-        return Plan(find(self.method), isinstance(self.method, str), self.metric, self.quantize, options, **shared)
+    def _result(
+        self,
+        data: A,
+        noise: Tensor,
+        answer: Assignment,
+        distances: Distances,
+        problem: Problem,
+        apply: Callable[[Any], Any],
+    ) -> Coupled[A]:
+        """Report sums as means, in the types of the input."""
+        dtype, rows = problem.data.dtype, problem.rows
+        cost, cost_before = (distances.after / rows).to(dtype), (distances.before / rows).to(dtype)
+        if self._pricing.check_finite and cost.device.type == "cpu":
+            # Distances of points overflow where no cost was made; a forbidden identity pair may be infinite.
+            told = (cost,) if callable(self.metric) else (cost, cost_before)
+            if not all(map(math.isfinite, told)):
+                inputs.report_not_finite(problem.data, problem.noise, self.metric)
+
+        def out(value: Tensor) -> A:
+            return value.numpy() if isinstance(data, np.ndarray) else value
+
+        return Coupled(
+            noise=out(noise),
+            index=out(answer.index),
+            marginal=answer.marginal or self._method.info.marginal,
+            cost=out(cost),
+            cost_before=out(cost_before),
+            _certificate=certificate(self._pricing, rows, answer.slack, distances.after, distances.conditions),
+            _apply=apply,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary with the keys ``method``, ``metric``, ``quantize``, ``scope`` and ``options``.
@@ -221,13 +285,7 @@ class Coupling:
         TypeError
             If the method, the metric or an option is no plain value, such as a callable or a process group.
         """
-        plain: dict[str, Any] = {
-            "method": self.method,
-            "metric": self.metric,
-            "quantize": self.quantize,
-            "scope": self.scope,
-            "options": dict(self.options),
-        }
+        plain = {name: getattr(self, name) for name in _KEYS} | {"options": dict(self.options)}
         for name, value in {**plain, **self.options}.items():
             if not isinstance(value, str | int | float | bool | None | dict):
                 msg = (
@@ -246,21 +304,15 @@ class Coupling:
         ValueError
             For an unknown key, or an unknown name in it.
         """
-        known = ("method", "metric", "quantize", "scope", "options")
         for key in plain:
-            if key not in known:
-                raise ValueError(unknown("key of a coupling", key, known))
+            if key not in _KEYS:
+                raise ValueError(unknown("key of a coupling", key, _KEYS))
         chosen = dict(plain)
-        options = chosen.pop("options", None) or {}
-        return cls(**chosen, **options)
+        return _rebuilt(chosen.pop("options", None) or {}, chosen)
 
-    def _key(self) -> tuple[object, ...]:
-        return (self.method, self.metric, self.quantize, self.scope, self.options)
-
-    def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, Coupling) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]  # options may hold values that have no hash
+    def __reduce__(self) -> tuple[Any, ...]:
+        chosen = {name: getattr(self, name) for name in _KEYS if name != "options"}
+        return _rebuilt, (dict(self.options), chosen)
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
@@ -270,18 +322,28 @@ class Coupling:
         )
 
 
+_KEYS = ("method", "metric", "quantize", "scope", "options")
+
+
+def _rebuilt(options: Mapping[str, Any], chosen: Mapping[str, Any]) -> Coupling:
+    return Coupling(**chosen, **options)
+
+
+@_outside_graphs
 def couple(
-    data: Array,
-    noise: Array,
+    data: A,
+    noise: A,
     method: MethodLike = "auction",
     *,
     metric: Metric = "sqeuclidean",
     quantize: str | None = None,
-    condition: Array | None = None,
+    condition: Condition | None = None,
+    noise_condition: Condition | None = None,
     scope: Scope = "local",
     generator: torch.Generator | None = None,
+    check_finite: bool = True,
     **options: Any,
-) -> Coupled:
+) -> Coupled[A]:
     """Decide which noise each data sample of a minibatch is trained with.
 
     The data stays where it is; the noise is permuted, so that pairs are close and labels, masks and prompts stay with
@@ -293,21 +355,26 @@ def couple(
         Floating, any device and dtype, finite.
     noise : (m, *shape) Tensor or array
         Same dtype and device; ``m == n``. ``nearest`` takes ``k * n`` rows, of which ``i * k`` to ``i * k + k - 1``
-        are the candidates of row i; ``hungarian``, ``auction``, ``lapjv``, ``greedy`` and ``stable`` also take ``m >
-        n`` and select.
+        are the candidates of row i; with ``select=True`` ``hungarian``, ``auction``, ``lapjv``, ``greedy`` and
+        ``stable`` also take ``m > n`` and choose.
     method : str or callable
         See `couplings.methods`, or ``fn(cost, *, generator=None) -> (n,) index``.
     metric : str or callable
-        See `couplings.metrics`, or ``fn(data, noise) -> (n, m) cost``.
+        See `couplings.metrics`, or ``fn(data, noise) -> (n, m) cost``; ``+inf`` in it forbids a pair.
     quantize : str, optional
         See `couplings.quantizers`: rounds the operands of the cost only.
-    condition : (n,) integer or (n, c) floating Tensor, optional
+    condition : (n,) integer or (n, c) floating Tensor or array, or a tuple of both, optional
         Integer classes couple within a class, so that the noise given the class stays Gaussian. Continuous conditions
         add ``condition_weight`` times their distance (``condition_metric``) to the cost.
+    noise_condition : like `condition`, optional
+        What noise rows are tagged with, where the source has conditions of its own; by default, noise row j is tagged
+        with the condition of data row j. Classes must occur equally often on both sides.
     scope : {"local", "global"}
         Couple within this process, or over all ranks of the process group.
     generator : torch.Generator, optional
-        For methods that draw; None is a private generator with a fixed seed. Global random state is never touched.
+        For methods that draw; None makes a private one, seeded by the noise. Global random state is never touched.
+    check_finite : bool
+        Whether to look for NaN and infinity, which would otherwise be paired somehow.
     **options
         Options of the method and of the condition; see `Coupling`.
 
@@ -318,7 +385,8 @@ def couple(
     Raises
     ------
     ValueError
-        For NaN or infinity, shapes or devices that do not match, empty batches, unknown names or options out of range.
+        For NaN or infinity, shapes or devices that do not match, empty batches, unknown names or options out of range,
+        or forbidden pairs that leave a row without noise.
     TypeError
         For integer or mixed dtypes, unknown options, or arguments of the wrong type.
     ImportError
@@ -326,10 +394,10 @@ def couple(
 
     Notes
     -----
-    Runs without gradients and outside autocast; costs are float32 (float64 for float64 input), without TF32.
-    Memory beyond the operands is O(n m), and one float32 copy of half-precision operands. Checking for NaN waits for
-    the device once. Inside a function that `torch.compile` compiles, call ``torch.compiler.disable(couple)``, made
-    outside of it: a solver cannot be traced.
+    The decision is made without gradients and outside autocast; a gradient that the noise carries is kept. Costs are
+    float32 (float64 for float64 input), by the process's own setting of float32 products. Memory beyond the operands is
+    O(n m), and one float32 copy of operands in half precision, on another device than the CPU, or far from the origin.
+    `torch.compile` breaks its graph here by itself.
 
     References
     ----------
@@ -343,79 +411,38 @@ def couple(
     >>> bool(coupled.cost < coupled.cost_before), coupled.marginal
     (True, 'permutation')
     """
+    if not check_finite:
+        options["check_finite"] = False
     coupling = Coupling(method, metric, quantize, scope, **options)
-    return coupling(data, noise, condition=condition, generator=generator)
+    return coupling(data, noise, condition=condition, noise_condition=noise_condition, generator=generator)
 
 
-def check_tied(t: object, rows: int) -> None:
-    """Check what `Coupled.apply` is given.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a tensor nor an array.
-    ValueError
-        If it has another number of rows.
-    """
-    if not isinstance(t, Tensor | np.ndarray):
-        msg = f"apply() takes a tensor or an array, got {type(t).__name__}."
+def _check_options(method: Method, options: Mapping[str, Any], scope: str) -> None:
+    """Refuse options that neither the method nor every coupling takes."""
+    known = method.option_names
+    for name in options:
+        if name == "group" and scope == "local":
+            msg = "group= is an option of scope='global'."
+            raise TypeError(msg)
+        if name not in _SHARED_OPTIONS and known is not None and name not in known:
+            kind = f"option of the method {method.info.name}:"
+            raise TypeError(unknown(kind, name, known | set(_SHARED_OPTIONS)))
+    if options.get("select") and not method.rectangular:
+        msg = f"the method {method.info.name} cannot select among more noise rows than data rows."
         raise TypeError(msg)
-    if t.ndim == 0 or len(t) != rows:
-        msg = f"apply() takes a row for each of the {rows} rows of noise, got shape {tuple(t.shape)}."
-        raise ValueError(msg)
 
 
-def take_tied(t: T, index: Array, rows: int) -> T:
-    """Check what `Coupled.apply` is given, and take the rows at `index`."""
-    check_tied(t, rows)
-    if not isinstance(index, Tensor):
-        index = torch.from_numpy(index)
-    if isinstance(t, Tensor):
-        return t[index.to(t.device)]
-    taken: T = t[index.cpu().numpy()]
-    return taken
-
-
-def check_rows(plan: Plan, n: int, m: int, conditioned: bool) -> None:
-    """Check that the method can take m rows of noise for n rows of data.
-
-    Raises
-    ------
-    ValueError
-        If it cannot.
-    """
-    info = plan.method.info
-    if m == n or (info.needs == "points" and info.marginal == "selected"):
+def _check_rows(method: Method, n: int, m: int, *, select: bool) -> None:
+    """Check that the method can take m rows of noise for n rows of data."""
+    if m == n or select or (method.info.needs == "points" and method.info.marginal == "selected"):
         return
-    if not plan.method.rectangular:
-        msg = f"the method {info.name} takes as many noise rows as data rows, got {m} and {n}."
-        raise ValueError(msg)
-    if conditioned:
-        msg = f"condition= needs as many noise rows as data rows, each tagged with its condition, got {m} and {n}."
-        raise ValueError(msg)
+    msg = f"the method {method.info.name} takes as many noise rows as data rows, got {m} and {n}."
+    if method.rectangular:
+        msg += f" To choose {n} of the {m}, and give up the noise's distribution for it, pass select=True."
+    raise ValueError(msg)
 
 
-def prepare(x: Tensor, y: Tensor, condition: Array | None) -> Batch:
-    """Flatten, convert and check the values."""
-    checked = None if condition is None else inputs.check_condition(condition, len(x), x.device)
-    (flat_x, peak_x), (flat_y, peak_y) = inputs.working_copy(x, "data"), inputs.working_copy(y, "noise")
-    return Batch(flat_x, flat_y, peak_x, peak_y, checked)
-
-
-def finish(pairing: Pairing, noise: Tensor, *, as_numpy: bool) -> Coupled:
-    """Move the noise and give the result the type of the input."""
-
-    def out(value: Tensor) -> Any:
-        return value.numpy() if as_numpy else value
-
-    # `index_select` is faster, but returns every memory format as contiguous.
-    moved = noise.index_select(0, pairing.index) if noise.is_contiguous() else noise[pairing.index]
-    return Coupled(
-        noise=out(moved),
-        index=out(pairing.index),
-        marginal=pairing.marginal,
-        cost=out(pairing.cost),
-        cost_before=out(pairing.cost_before),
-        gap=pairing.gap,
-        _rows=len(noise),
-    )
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

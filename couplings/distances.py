@@ -8,17 +8,13 @@ the n pairs.
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from couplings._names import unknown
-from couplings.quantization import Operand, inner_products, largest
+from couplings.quantization import Operand, inner_products, largest_magnitude
 
 Metric = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -27,8 +23,8 @@ _METRICS = ("sqeuclidean", "l2", "l1", "cosine", "dot")
 # Bytes of the temporaries of `pair_costs` away from the CPU: few launches, and no copy of the whole batch.
 _CHUNK_BYTES = 1 << 26
 
-# Magnitudes, and one over them, of which products and squares are far from the ends of float32.
-_MODERATE = 2.0**30
+# Rows that tell where the noise lies: few enough for their statistics to take microseconds.
+_SAMPLE_ROWS = 8
 
 
 def metrics() -> list[str]:
@@ -57,71 +53,64 @@ def canonical_metric(metric: Metric) -> Metric:
     return key
 
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in float32, not in TF32 or bfloat16, whatever the process has chosen.
+def wide_float(device: torch.device) -> torch.dtype:
+    """Type in which sums are accumulated: float64, float32 where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
-    The setting is global to the process; it is touched only where it differs from full precision, and put back when
-    the last of the threads that asked for it leaves.
+
+def common_centre(noise: Tensor) -> Tensor | None:
+    """Find the point that data and noise should be measured from, if that is not the origin.
+
+    ``<x, n>`` of points far from the origin cancels in floating point. Distances do not change when the same point is
+    taken off both sides, and of ``-<x, n>`` only row and column constants do.
+
+    Parameters
+    ----------
+    noise : (m, d) Tensor
+        float32 or float64.
+
+    Returns
+    -------
+    (d,) Tensor or None
+        The mean of a few rows, to a multiple of about eight of their standard deviations: exactly zero for noise
+        around the origin, and insensitive to the order of a sum. None where it is known to be zero, which only the
+        CPU can tell without waiting.
     """
-    backends: Any = torch.backends
-    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
-    with _precision_lock:
-        users, saved = _precision_users.get(device.type, (0, None))
-        if users == 0:
-            chosen = backend.fp32_precision
-            inherited = chosen == "none" and backends.fp32_precision in ("none", "ieee")
-            if chosen != "ieee" and not inherited:
-                saved = chosen
-                backend.fp32_precision = "ieee"
-        _precision_users[device.type] = (users + 1, saved)
-    try:
-        yield
-    finally:
-        with _precision_lock:
-            users, saved = _precision_users.pop(device.type)
-            if users > 1:
-                _precision_users[device.type] = (users - 1, saved)
-            elif saved is not None:
-                backend.fp32_precision = saved
+    if len(noise) < 2:
+        return None
+    sample = noise[:: -(-len(noise) // _SAMPLE_ROWS)]
+    mean = sample.mean(0)
+    deviation = (sample - mean).square_().mean().sqrt_()
+    # A power of two; of rows that are all equal the mean itself is the centre.
+    grid = torch.exp2(torch.log2(deviation).round_().add_(3.0))
+    centre = torch.where(grid > 0, (mean / grid).round_().mul_(grid), mean)
+    centre = centre.nan_to_num_(0.0, 0.0, 0.0)  # of rows with NaN or infinity, which the checks report
+    return centre if centre.device.type != "cpu" or bool(centre.any()) else None
 
 
-# By type of device: how many threads are inside, and what to put back (None: nothing).
-_precision_users: dict[str, tuple[int, str | None]] = {}
-_precision_lock = threading.Lock()
-
-
-def cost_matrix(x: Operand, y: Operand, metric: Metric, *, shift_invariant: bool) -> Tensor:
+def cost_matrix(x: Operand, y: Operand, metric: str, *, shift_invariant: bool) -> Tensor:
     """Cost of every pair.
 
     Parameters
     ----------
     x, y : Operand
-        ``(n, d)`` data and ``(m, d)`` noise.
-    metric : str or callable
-        One of `metrics()`, or ``metric(data, noise) -> (n, m)``.
+        ``(n, d)`` data and ``(m, d)`` noise, or batches ``(b, n, d)`` and ``(b, m, d)`` of such.
+    metric : str
+        One of `metrics()`.
     shift_invariant : bool
         Whether the caller's answer stays the same when constants are added to rows and columns: then the cheapest such
         matrix is returned, in the same units.
 
     Returns
     -------
-    (n, m) Tensor
+    (..., n, m) Tensor
         float32, or float64 for float64 operands.
-
-    Raises
-    ------
-    ValueError
-        If a callable returns another shape, or values that are not finite.
 
     Notes
     -----
     One matrix product, O(n m) memory. ``l1`` takes O(n m d) operations: tiled and threaded on the CPU, `torch.cdist`
     elsewhere.
     """
-    if callable(metric):
-        # Copies: the values may be the caller's own tensors, and the metric may compute in place.
-        return _checked(metric(x.values.clone(), y.values.clone()), x, y, metric)
     if metric == "l1":
         return _l1_matrix(x.values, y.values)
     if metric == "dot":
@@ -129,12 +118,12 @@ def cost_matrix(x: Operand, y: Operand, metric: Metric, *, shift_invariant: bool
     if metric == "cosine":
         x, y = _moderate(x), _moderate(y)
         cost = inner_products(x, y, factor=-1.0)
-        cost.mul_(_inverse_norms(x.values)[:, None]).mul_(_inverse_norms(y.values))
+        cost.mul_(_inverse_norms(x.values)[..., :, None]).mul_(_inverse_norms(y.values)[..., None, :])
         return cost if shift_invariant else cost.add_(1.0).clamp_(0.0, 2.0)
     cost = inner_products(x, y, factor=-2.0)
     if metric == "sqeuclidean" and shift_invariant:
         return cost
-    cost.add_(_squared_norms(x.values)[:, None]).add_(_squared_norms(y.values)).clamp_min_(0.0)
+    cost.add_(_squared_norms(x.values)[..., :, None]).add_(_squared_norms(y.values)[..., None, :]).clamp_min_(0.0)
     return cost if metric == "sqeuclidean" else cost.sqrt_()
 
 
@@ -153,8 +142,8 @@ def pair_costs(x: Tensor, y: Tensor, metric: str, index: Tensor | None = None) -
 
     Returns
     -------
-    (n,) float64 Tensor
-        ``dot`` gives the squared Euclidean distance.
+    (n,) Tensor
+        float64, float32 where the device has none. ``dot`` gives the squared Euclidean distance.
     """
     kind = _PAIR_KINDS[metric]
     if index is None:
@@ -176,13 +165,14 @@ _PAIR_KINDS = {"sqeuclidean": "squared", "l2": "squared", "dot": "squared", "l1"
 
 
 def _distances(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    wide = wide_float(x.device)
     if kind == "angular":
         cosine = torch.linalg.vecdot(x, y) * _inverse_norms(x) * _inverse_norms(y)
-        apart: Tensor = (1.0 - cosine).double()
+        apart: Tensor = (1.0 - cosine).to(wide)
         return apart
     difference = x - y
     terms = difference.abs_() if kind == "absolute" else difference.square_()
-    total: Tensor = terms.sum(1, dtype=torch.float64)
+    total: Tensor = terms.sum(1, dtype=wide)
     return total
 
 
@@ -192,20 +182,20 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 
 def _inverse_norms(x: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(x, dim=1)
-    faint = (norms < 1.0 / _MODERATE).nonzero().squeeze(1)  # whose squares may have vanished
-    norms[faint] = torch.linalg.vector_norm(x[faint], dim=1, dtype=torch.float64).to(x.dtype)
-    inverse: Tensor = norms.reciprocal().masked_fill_(norms == 0, 0.0)
+    """One over the length of each row, 0 for a zero row; in float64, where no square of a float32 vanishes."""
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=wide_float(x.device))
+    inverse: Tensor = norms.reciprocal().masked_fill_(norms == 0, 0.0).to(x.dtype)
     return inverse
 
 
 def _moderate(x: Operand) -> Operand:
-    """Bring lengths near 1, all by the same power of two, if products of them could vanish or overflow."""
-    peak = largest(x.values) if x.peak is None else x.peak
-    if peak == 0.0 or 1.0 / _MODERATE < peak < _MODERATE:
+    """Bring the largest value near 1 by a power of two, so that products of lengths neither vanish nor overflow."""
+    largest = largest_magnitude(x.values)
+    if largest.device.type == "cpu" and 2.0**-30 < largest.item() < 2.0**30:
         return x
-    factor = 2.0 ** -max(-120, min(120, round(math.log2(peak))))
-    return Operand(x.values * factor, x.codes, None if x.scale is None else x.scale * factor, peak * factor)
+    exponent = torch.log2(torch.where(largest > 0, largest, 1.0)).round().clamp(-120, 120)
+    factor = torch.exp2(-exponent)
+    return Operand(x.values * factor) if x.scale is None else Operand(x.rows, x.scale * factor)
 
 
 def _l1_matrix(x: Tensor, y: Tensor) -> Tensor:
@@ -213,20 +203,8 @@ def _l1_matrix(x: Tensor, y: Tensor) -> Tensor:
         return torch.cdist(x, y, p=1.0)
     from couplings.kernels.l1 import cdist_l1
 
-    cost = cdist_l1(x.numpy(), y.numpy(), threads=torch.get_num_threads())
-    return torch.from_numpy(cost)
-
-
-def _checked(cost: object, x: Operand, y: Operand, metric: object) -> Tensor:
-    name = getattr(metric, "__name__", repr(metric))
-    expected = (x.values.shape[0], y.values.shape[0])
-    if not isinstance(cost, Tensor):
-        msg = f"the metric {name} must return a torch tensor of shape {expected}, got {type(cost).__name__}."
-        raise TypeError(msg)
-    if tuple(cost.shape) != expected:
-        msg = f"the metric {name} must return shape {expected} (data rows, noise rows), got {tuple(cost.shape)}."
-        raise ValueError(msg)
-    if not cost.is_floating_point():
-        msg = f"the metric {name} must return a floating tensor, got {cost.dtype}."
-        raise TypeError(msg)
-    return cost.to(device=x.values.device, dtype=x.values.dtype)
+    threads = torch.get_num_threads()
+    if x.dim() == 2:
+        return torch.from_numpy(cdist_l1(x.numpy(), y.numpy(), threads=threads))
+    parts = zip(x, y, strict=True)
+    return torch.stack([torch.from_numpy(cdist_l1(a.numpy(), b.numpy(), threads=threads)) for a, b in parts])

@@ -3,8 +3,8 @@
 Noise goes to every rank, each rank prices its own data against all of it, the first rank gathers the prices and
 solves, and every rank takes the rows that its data was given:
 
-1. one small all-gather: is every rank's input good, how many rows, of what type and scale;
-2. one all-gather of the noise (and a small one of conditions, where there are any);
+1. one small all-gather: is every rank's input good, how many rows, of what type;
+2. one all-gather of the noise (and small ones of conditions, and of scales, where there are any);
 3. one gather of cost rows (of data points for methods that need these), to the first rank, which solves;
 4. one broadcast of the index;
 5. one small all-gather of the sums of the pairs' costs, so that every rank reports the same mean.
@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from itertools import accumulate
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -33,32 +33,12 @@ from torch import Tensor
 
 from couplings import inputs
 from couplings._types import Marginal
-from couplings.assigners.randomness import private_generator
-from couplings.assigners.registry import Assignment
-from couplings.collectives import Outcome, Phase, Ranks, Trace
-from couplings.conditions import class_rows
-from couplings.coupling import Coupled, check_rows, check_tied, prepare, take_tied
-from couplings.distances import cost_matrix, full_float32, pair_costs
-from couplings.inputs import Array
-from couplings.pairing import (
-    Batch,
-    Plan,
-    assign_classes,
-    assign_cost,
-    assign_points,
-    finished_cost,
-    may_shift,
-    pair,
-    pair_conditions,
-    reached_marginal,
-    relative_gap,
-)
-from couplings.quantization import Operand, bytes_per_value, quantized
+from couplings.assigners.method import Assignment, Method
+from couplings.collectives import Outcome, Ranks
+from couplings.conditions import Conditions
+from couplings.problem import Distances, Problem, check_tied, on_host, take_tied
 
-if TYPE_CHECKING:
-    from couplings.coupling import Coupling
-
-__all__ = ["Phase", "Trace", "couple_globally", "process_group"]
+__all__ = ["couple_over_ranks", "process_group"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +90,15 @@ def process_group(group: object) -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
-def couple_globally(
-    coupling: Coupling,
-    data: Array,
-    noise: Array,
-    condition: Array | None,
-    generator: torch.Generator | None,
+def couple_over_ranks(
     group: dist.ProcessGroup,
-) -> Coupled:
+    check: Callable[[], Problem],
+    noise: inputs.Array,
+    method: Method,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]:
     """Couple over every rank of a group; collective.
 
     Every rank calls it with its own rows. The union of the pairs is what one process would make of the batches
@@ -125,23 +106,32 @@ def couple_globally(
 
     Parameters
     ----------
-    coupling : Coupling
-        The same on every rank.
-    data, noise : (n, *shape), (m, *shape) Tensor or array
-        This rank's rows; how many may differ between ranks, but no rank may have none.
-    condition : (n,) or (n, c) Tensor or array, optional
-        This rank's conditions.
-    generator : torch.Generator, optional
-        That of the first rank decides; those of the others are not advanced.
     group : ProcessGroup
         Of at least two ranks.
+    check : callable
+        Checks this rank's batch and makes a problem of it.
+    noise : (m, *shape) Tensor or array
+        This rank's, as it was passed; how many rows may differ between ranks, but no rank may have none.
+    method : Method
+    options : mapping
+        The method's own.
+    settings : mapping
+        What must be the same on every rank.
+    generator : Generator or None
+        That of the first rank decides; those of the others are not advanced.
 
     Returns
     -------
-    Coupled
-        ``noise`` is that of this rank's data, and ``index`` numbers the concatenated noise. ``cost``, ``cost_before``
-        and ``gap`` are those of the whole batch, the same on every rank. ``apply`` is collective. ``trace`` has the
-        bytes and seconds of each phase on this rank.
+    noise : (n, *shape) Tensor
+        That of this rank's data.
+    assignment : Assignment
+        Of this rank's data; its index numbers the concatenated noise.
+    distances : Distances
+        Of the whole batch, the same on every rank.
+    problem : Problem
+        The whole batch as this rank sees it.
+    apply : callable
+        Collective: gives this rank's rows of anything tied to the noise, and gets those of its data.
 
     Raises
     ------
@@ -158,10 +148,6 @@ def couple_globally(
     its own, ``(n - n_0) * m`` values (with integer classes only those within a class), and for methods that work on
     points the data in full. Memory is O(m d) on every rank and O(n m) on the first.
 
-    With ``wire=`` the noise that costs are computed from is rounded and travels in fewer bits; the rows that a rank's
-    data was given follow exactly, ``n_r * d`` values. In fp16 that is a quarter of the bytes less on four ranks, and
-    nearly half on many; rounding takes time of its own, so that only slow links gain.
-
     ``nearest`` and ``independent`` look at each row's own candidates only: no noise travels, and ``cost_before`` is the
     mean over ranks of each rank's first n rows.
 
@@ -169,44 +155,21 @@ def couple_globally(
     the same order.
     """
     ranks = Ranks(group)
-    checked = ranks.attempt("check", _check, coupling, data, noise, condition, generator)
+    checked = ranks.attempt("checks", _check, check, noise, settings, method)
     layout = _agree(ranks, checked)
     own = checked.value
-    with torch.autocast(own.noise.device.type, enabled=False), full_float32(own.noise.device):
-        if own.plan.method.ignores_condition:
-            coupled = _couple_own_rows(ranks, own, layout)
-        else:
-            coupled = _couple_all_rows(ranks, own, layout)
-    logger.debug("coupled over %d ranks: %s", ranks.size, coupled.trace)
-    return coupled
+    with torch.autocast(own.noise.device.type, enabled=False):
+        if method.ignores_condition:
+            return _couple_own_rows(ranks, own, layout, method, options, generator)
+        return _couple_all_rows(ranks, own, layout, method, options, generator)
 
 
 @dataclass(frozen=True)
 class _Own:
-    """What this rank brings, checked.
+    """What this rank brings, checked: its problem, its noise as it was passed, and what every rank must share."""
 
-    Attributes
-    ----------
-    plan : Plan
-    generator : Generator
-    data, noise : (n, *shape), (m, *shape) Tensor
-        As they were passed.
-    batch : Batch
-        The same in the precision of the cost.
-    wire : str or None
-        The type that noise travels in; None sends it as it is.
-    as_numpy : bool
-    description : dict
-        What has to be the same on every rank.
-    """
-
-    plan: Plan
-    generator: torch.Generator
-    data: Tensor
+    problem: Problem
     noise: Tensor
-    batch: Batch
-    wire: str | None
-    as_numpy: bool
     description: dict[str, str]
 
 
@@ -218,22 +181,10 @@ class _Layout:
     ----------
     data_rows, noise_rows : tuple of int
         Rows of each rank.
-    data_peak, noise_peak : float
-        Largest magnitude on any rank.
     """
 
     data_rows: tuple[int, ...]
     noise_rows: tuple[int, ...]
-    data_peak: float
-    noise_peak: float
-
-    @property
-    def n(self) -> int:
-        return sum(self.data_rows)
-
-    @property
-    def m(self) -> int:
-        return sum(self.noise_rows)
 
     @cached_property
     def data_ends(self) -> list[int]:
@@ -244,6 +195,10 @@ class _Layout:
     def noise_ends(self) -> list[int]:
         """End of each rank's noise, with 0 before the first."""
         return list(accumulate(self.noise_rows, initial=0))
+
+    @property
+    def n(self) -> int:
+        return self.data_ends[-1]
 
     def data_of(self, rank: int) -> slice:
         return slice(self.data_ends[rank], self.data_ends[rank + 1])
@@ -261,7 +216,6 @@ class _Header:
         Rows.
     settings : bytes
         Digest of what has to be the same on every rank.
-    data_peak, noise_peak : float
     drawn : bytes
         Digest of the first values of the noise.
     """
@@ -270,58 +224,41 @@ class _Header:
     n: int = 0
     m: int = 0
     settings: bytes = bytes(8)
-    data_peak: float = 0.0
-    noise_peak: float = 0.0
     drawn: bytes = bytes(8)
 
-    _FORMAT = "=?qq8sdd8s"
+    _FORMAT = "=?qq8s8s"
 
     def pack(self) -> bytes:
-        return struct.pack(
-            self._FORMAT, self.good, self.n, self.m, self.settings, self.data_peak, self.noise_peak, self.drawn
-        )
+        return struct.pack(self._FORMAT, self.good, self.n, self.m, self.settings, self.drawn)
 
     @classmethod
     def unpack(cls, packed: bytes) -> _Header:
         return cls(*struct.unpack(cls._FORMAT, packed))
 
 
-def _check(
-    coupling: Coupling, data: Array, noise: Array, condition: Array | None, generator: torch.Generator | None
-) -> _Own:
-    inputs.check_generator(generator)
-    x, y = inputs.check_pair(data, noise)
-    plan = coupling.plan()
-    check_rows(plan, len(x), len(y), condition is not None)
-    batch = prepare(x, y, condition)
-    wire = coupling.options.get("wire")
-    if wire is not None and bytes_per_value(wire) >= y.element_size():
-        wire = None
-    return _Own(
-        plan=plan,
-        generator=generator or private_generator(),
-        data=x,
-        noise=y,
-        batch=batch,
-        wire=wire,
-        as_numpy=isinstance(data, np.ndarray),
-        description=_describe(coupling, plan, x, y, batch.condition),
-    )
+def _check(check: Callable[[], Problem], noise: inputs.Array, settings: Mapping[str, Any], method: Method) -> _Own:
+    problem = check()
+    as_passed = inputs.as_tensor(noise, "noise")
+    if problem.pricing.check_finite:  # before the noise travels: on the rank where it is, with its own numbers
+        problem.check_finite()
+    return _Own(problem, as_passed, _describe(problem, as_passed, settings, method))
 
 
-def _describe(coupling: Coupling, plan: Plan, x: Tensor, y: Tensor, condition: Tensor | None) -> dict[str, str]:
-    said: dict[str, Any] = {"method": coupling.method, "metric": coupling.metric, "quantize": coupling.quantize}
-    said |= {name: value for name, value in sorted(coupling.options.items()) if name != "group"}
-    described = {name: _plain(value) for name, value in said.items()}
-    described |= {"dtype": str(x.dtype), "shape of a row": str(tuple(x.shape[1:])), "device type": x.device.type}
-    if condition is None:
-        described["condition"] = "None"
-    elif condition.is_floating_point():
-        described["condition"] = f"{condition.dtype} of width {condition.shape[1]}"
-    else:
-        described["condition"] = "classes"
-    if plan.method.ignores_condition:
-        described["noise rows per data row"] = f"{len(y) / len(x):g}"
+def _describe(problem: Problem, noise: Tensor, settings: Mapping[str, Any], method: Method) -> dict[str, str]:
+    described = {name: _plain(value) for name, value in settings.items()}
+    described |= {"dtype": str(noise.dtype), "shape of a row": str(tuple(noise.shape[1:]))}
+    described["device type"] = noise.device.type
+    described["condition"] = "None"
+    if problem.conditions is not None:
+        conditions = problem.conditions
+        kinds = [] if conditions.classes is None else ["classes"]
+        if conditions.features is not None:
+            kinds.append(f"{conditions.features.dtype} of width {conditions.features.shape[1]}")
+        if conditions.tagged:
+            kinds.append("noise_condition")
+        described["condition"] = " and ".join(kinds)
+    if method.ignores_condition:
+        described["noise rows per data row"] = f"{len(noise) / problem.rows:g}"
     return described
 
 
@@ -342,24 +279,17 @@ def _agree(ranks: Ranks, checked: Outcome[_Own]) -> _Layout:
     if any(header.settings != headers[0].settings for header in headers):
         _fail_on_difference(ranks, checked.value.description)
     _warn_of_copies(ranks, headers)
-    return _Layout(
-        data_rows=tuple(header.n for header in headers),
-        noise_rows=tuple(header.m for header in headers),
-        data_peak=max(header.data_peak for header in headers),
-        noise_peak=max(header.noise_peak for header in headers),
-    )
+    return _Layout(tuple(header.n for header in headers), tuple(header.m for header in headers))
 
 
 def _header(own: _Own) -> _Header:
     rows = ceil(_COMPARED / prod(own.noise.shape[1:]))
-    first = own.noise[:rows].reshape(-1)[:_COMPARED].cpu()
+    first = own.noise[:rows].detach().reshape(-1)[:_COMPARED].cpu()
     return _Header(
         good=True,
-        n=len(own.data),
+        n=own.problem.rows,
         m=len(own.noise),
         settings=_digest(json.dumps(own.description).encode()),
-        data_peak=own.batch.data_peak,
-        noise_peak=own.batch.noise_peak,
         drawn=_digest(first.contiguous().view(torch.uint8).numpy()),
     )
 
@@ -400,305 +330,147 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _couple_own_rows(ranks: Ranks, own: _Own, layout: _Layout) -> Coupled:
+def _couple_own_rows(
+    ranks: Ranks,
+    own: _Own,
+    layout: _Layout,
+    method: Method,
+    options: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]:
     """Couple by a method that looks at each row's own candidates only: nothing travels but the costs."""
-    batch = replace(own.batch, data_peak=layout.data_peak, noise_peak=layout.noise_peak)
-    solved = ranks.attempt("solve", pair, batch, own.plan, own.generator)
-    sums = None
-    if solved.result is not None:
-        means = torch.stack([solved.result.cost, solved.result.cost_before, torch.zeros_like(solved.result.cost)])
-        sums = means.double().cpu() * len(own.data)
-    cost, before, _ = _report(ranks, sums, solved.error, layout)
-    index = solved.value.index
-    return _coupled(
-        ranks,
-        own,
-        own.noise.index_select(0, index),
-        index + layout.noise_ends[ranks.rank],
-        solved.value.marginal,
-        (cost, before, None),
-        lambda t: take_tied(t, index, len(own.noise)),
-    )
+    problem = own.problem
 
-
-def _couple_all_rows(ranks: Ranks, own: _Own, layout: _Layout) -> Coupled:
-    pool, values = _share_noise(ranks, own, layout)
-    condition = None
-    if own.batch.condition is not None:
-        mine = own.batch.condition if own.batch.condition.is_floating_point() else own.batch.condition.long()
-        condition = ranks.all_gather_rows("condition", mine, layout.data_rows)
-    whole = _Whole(own, layout, ranks.rank, values, condition)
-    priced = ranks.attempt("cost", whole.price)
-    answer = _solve(ranks, own, layout, whole, priced)
-    chosen = answer.index[layout.data_of(ranks.rank)]
-    exchange = _Exchange(ranks.group, layout, answer.index)
-    first = torch.arange(layout.n, device=chosen.device)
-    if pool is not None:
-        rows, rows_before = pool.index_select(0, chosen), pool[layout.data_of(ranks.rank)]
-    else:
-        rows = exchange.move(ranks, own.noise)
-        aligned = layout.data_rows == layout.noise_rows
-        rows_before = own.noise if aligned else _Exchange(ranks.group, layout, first).move(ranks, own.noise)
-    measured = ranks.attempt("measure", whole.measure, rows, rows_before, answer, priced.value)
-    cost, before, between = _report(ranks, measured.result, measured.error, layout)
-    gap = None
-    if answer.slack is not None:
-        plan = replace(own.plan, quantize=own.plan.quantize or own.wire)
-        gap = relative_gap(answer.slack, layout.n, cost, between, plan)
-    return _coupled(ranks, own, rows, chosen, answer.marginal, (cost, before, gap), exchange)
-
-
-def _share_noise(ranks: Ranks, own: _Own, layout: _Layout) -> tuple[Tensor | None, Tensor]:
-    """Give every rank all noise: the rows themselves unless they travelled rounded, and the values to price."""
-    dtype = own.batch.noise.dtype
-    if own.wire is None:
-        pool = ranks.all_gather_rows("noise", own.noise, layout.noise_rows)
-        return pool, pool.view(layout.m, -1).to(dtype)
-    rounded = quantized(own.batch.noise, own.wire, peak=layout.noise_peak)
-    assert rounded.codes is not None
-    assert rounded.scale is not None
-    codes = ranks.all_gather_rows("noise", rounded.codes, layout.noise_rows)
-    return None, codes.to(dtype).mul_(rounded.scale)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What the first rank tells the others.
-
-    Attributes
-    ----------
-    index : (n,) Tensor
-        Into the concatenated noise, for the concatenated data.
-    slack : float or None
-    marginal : str
-    """
-
-    index: Tensor
-    slack: float | None
-    marginal: Marginal
-
-
-@dataclass(frozen=True)
-class _Priced:
-    """Costs of this rank's data rows.
-
-    Attributes
-    ----------
-    flat : (k,) Tensor or None
-        Row by row; class by class where there are classes. None for methods on points.
-    matrix : (n_r, m) Tensor or None
-        What a callable metric returned, where that is all that is needed to report its costs.
-    """
-
-    flat: Tensor | None
-    matrix: Tensor | None
-
-
-class _Whole:
-    """The concatenated batch as one rank knows it: all noise and conditions, but only its own data."""
-
-    def __init__(self, own: _Own, layout: _Layout, rank: int, noise: Tensor, condition: Tensor | None) -> None:
-        self.own, self.layout, self.rank, self.condition = own, layout, rank, condition
-        self.plan = own.plan
-        self.peak = max(layout.data_peak, layout.noise_peak)
-        self.x = quantized(own.batch.data, self.plan.quantize, peak=layout.data_peak)
-        self.y = quantized(noise, self.plan.quantize, peak=layout.noise_peak)
-
-    @cached_property
-    def classes(self) -> list[Tensor] | None:
-        """Rows of each class in the whole batch, on the host."""
-        if self.condition is None or self.condition.is_floating_point():
-            return None
-        return class_rows(self.condition.cpu())
-
-    @cached_property
-    def shares(self) -> list[list[int]]:
-        """For each class, where each rank's rows end among the class's, with 0 before the first.
-
-        Classes of one row are paired with their own noise; they get no costs and no share.
-        """
-        ends = torch.tensor(self.layout.data_ends)
-        alone = [0] * len(self.layout.data_ends)
-        return [torch.searchsorted(c, ends).tolist() if len(c) > 1 else alone for c in self.classes or []]
-
-    def flat_sizes(self) -> list[int]:
-        """How many costs each rank has; at least one, to tell of an error in."""
-        if self.classes is None:
-            return [rows * self.layout.m for rows in self.layout.data_rows]
-        sizes = [0] * len(self.layout.data_rows)
-        for rows, ends in zip(self.classes, self.shares, strict=True):
-            for rank in range(len(sizes)):
-                sizes[rank] += (ends[rank + 1] - ends[rank]) * len(rows)
-        return [max(1, size) for size in sizes]
-
-    def price(self) -> _Priced:
-        """Compute the costs of this rank's data rows."""
-        if self.plan.method.info.needs == "points":
-            return _Priced(None, None)
-        if self.classes is None:
-            cost = self._cost(self.x, self.y)
-            matrix = cost if callable(self.plan.metric) and self.condition is None else None
-            return _Priced(self._finished(cost).view(-1), matrix)
-        parts = []
-        device = self.x.values.device
-        for rows, ends in zip(self.classes, self.shares, strict=True):
-            mine = rows[ends[self.rank] : ends[self.rank + 1]] - self.layout.data_ends[self.rank]
-            if ends[-1] and len(mine):
-                cost = self._cost(self.x[mine.to(device)], self.y[rows.to(device)])
-                parts.append(self._finished(cost).view(-1))
-        return _Priced(torch.cat(parts) if parts else self.x.values.new_zeros(1), None)
-
-    def _cost(self, x: Operand, y: Operand) -> Tensor:
-        shiftable = may_shift(self.plan, self.layout.n, self.layout.m)
-        return cost_matrix(x, y, self.plan.metric, shift_invariant=shiftable)
-
-    def _finished(self, cost: Tensor) -> Tensor:
-        conditions = (self.own.batch.condition, self.condition) if self.classes is None else (None, None)
-        return finished_cost(cost, *conditions, self.peak, self.x.values.shape[1], self.plan).contiguous()
-
-    def assign(self, costs: Tensor | None, data: Operand | None) -> Assignment:
-        """Let the method assign; on the first rank.
-
-        Parameters
-        ----------
-        costs : (k,) Tensor or None
-            What `price` gave on each rank, in the order of the ranks; None for methods on points.
-        data : Operand or None
-            All data, for methods that ask for points.
-        """
-        generator, layout = self.own.generator, self.layout
-        if costs is None:
-            assert data is not None
-            if self.classes is None:
-                return assign_points(data, self.y, self.condition, self.plan, generator)
-
-            def assign_class_points(rows: Tensor) -> Assignment:
-                return assign_points(data[rows], self.y[rows], None, self.plan, generator)
-
-            return assign_classes(layout.n, self._on_device(self.classes), assign_class_points)
-        if self.classes is None:
-            points = None if data is None else (data.values, self.y.values)
-            return assign_cost(costs.view(layout.n, layout.m), self.plan, generator, points)
-        blocks = self._class_costs(costs)
-
-        def assign_class(rows: Tensor) -> Assignment:
-            points = None if data is None else (data[rows].values, self.y[rows].values)
-            return assign_cost(next(blocks), self.plan, generator, points)
-
-        return assign_classes(layout.n, self._on_device(self.classes), assign_class)
-
-    def _on_device(self, classes: list[Tensor]) -> list[Tensor]:
-        return [rows.to(self.y.values.device) for rows in classes]
-
-    def _class_costs(self, costs: Tensor) -> Iterator[Tensor]:
-        """Cost matrix of each class of several rows, put together from the ranks' rows of it."""
-        taken = list(accumulate(self.flat_sizes(), initial=0))
-        for rows, ends in zip(self.classes or [], self.shares, strict=True):
-            parts = []
-            for rank in range(len(ends) - 1):
-                size = (ends[rank + 1] - ends[rank]) * len(rows)
-                parts.append(costs[taken[rank] : taken[rank] + size])
-                taken[rank] += size
-            if ends[-1]:
-                yield torch.cat(parts).view(len(rows), len(rows))
-
-    def measure(self, rows: Tensor, rows_before: Tensor, answer: _Answer, priced: _Priced) -> Tensor:
-        """Sum the reported costs of this rank's pairs: after, before, and between their continuous conditions."""
-        batch, index = self.own.batch, answer.index[self.layout.data_of(self.rank)]
-        between = torch.zeros(1)
-        if answer.slack is not None and self.condition is not None and self.classes is None:
-            assert batch.condition is not None
-            between = pair_conditions(batch.condition, self.condition, index, self.plan)
-        if callable(self.plan.metric):
-            matrix = priced.matrix
-            if matrix is None:
-                matrix = cost_matrix(self.x, self.y, self.plan.metric, shift_invariant=False)
-            pairs = matrix.gather(1, index[:, None])
-            before = matrix.diagonal(self.layout.data_ends[self.rank])
-        else:
-            pairs, before = (
-                pair_costs(batch.data, noise.reshape(len(index), -1).to(batch.data.dtype), self.plan.metric)
-                for noise in (rows, rows_before)
-            )
-        return torch.stack([costs.sum(dtype=torch.float64).cpu() for costs in (pairs, before, between)])
-
-
-def _solve(ranks: Ranks, own: _Own, layout: _Layout, whole: _Whole, priced: Outcome[_Priced]) -> _Answer:
-    """Gather what the method needs on the first rank, solve there, and tell everyone."""
-    method = own.plan.method
-    costs, points = None, None
-    if method.info.needs == "cost":
-        sizes = whole.flat_sizes()
-        flat = None if priced.result is None else priced.result.flat
-        if flat is None:  # no cost is NaN, or `price` would have raised: this one says that it did
-            flat = own.batch.data.new_full((sizes[ranks.rank],), float("nan"))
-        costs = ranks.gather_rows("costs", flat, sizes)
-    if method.info.needs == "points" or "points" in method.wants:
-        points = ranks.gather_rows("points", own.data, layout.data_rows)
-
-    def solve() -> Assignment | None:
-        if ranks.rank != 0:
-            return None
-        if costs is not None:
-            starts = list(accumulate(whole.flat_sizes(), initial=0))[:-1]
-            if bool(torch.isnan(costs[starts]).any()):
-                return None
-        data = None
-        if points is not None:
-            flat_points = points.view(layout.n, -1).to(own.batch.data.dtype)
-            data = quantized(flat_points, own.plan.quantize, peak=layout.data_peak)
-        return whole.assign(costs, data)
+    def solve() -> tuple[Assignment, Distances]:
+        answer = problem.solve(method, None, options, generator)
+        return answer, problem.distances(answer.index)
 
     solved = ranks.attempt("solve", solve)
+    distances = _summed(ranks, None if solved.result is None else solved.result[1], solved.error, own)
+    answer = solved.value[0]
+    index = answer.index
+    numbered = replace(answer, index=index + layout.noise_ends[ranks.rank])
+    moved = own.noise.index_select(0, index)
+    whole = replace(problem, rows=layout.n)
+    return moved, numbered, distances, whole, lambda t: take_tied(t, index, len(own.noise))
+
+
+def _couple_all_rows(
+    ranks: Ranks,
+    own: _Own,
+    layout: _Layout,
+    method: Method,
+    options: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]:
+    pool = ranks.all_gather_rows("noise", own.noise, layout.noise_rows)
+    whole = replace(
+        own.problem,
+        noise=inputs.flat(pool),
+        conditions=_gathered_conditions(ranks, own.problem.conditions, layout),
+        first=layout.data_ends[ranks.rank],
+        rows=layout.n,
+    )
+    if whole.pricing.quantize is not None:
+        largest = ranks.all_gather("scale", whole.magnitude.cpu().reshape(1)).amax()
+        whole = replace(whole, data_magnitude=largest.to(whole.data.device))
+    cost, error = None, None
+    if method.info.needs == "cost":
+        cost, error = _gathered_costs(ranks, whole, layout, method)
+    points = None
+    if method.info.needs == "points" or "points" in method.wants:
+        points = ranks.gather_rows("points", whole.data, layout.data_rows)
+
+    def solve() -> Assignment | None:
+        if ranks.rank != 0 or (cost is None and method.info.needs == "cost"):
+            return None
+        problem = whole if points is None else replace(whole, data=points, first=0)
+        return problem.solve(method, cost, options, generator)
+
+    solved = ranks.attempt("solve", solve)
+    answer = _told(ranks, solved.result, error or solved.error, own, layout)
+    chosen = answer.index[layout.data_of(ranks.rank)]
+    measured = ranks.attempt("report", whole.distances, chosen)
+    distances = _summed(ranks, measured.result, measured.error, own)
+    apply = _Exchange(ranks.group, layout, answer.index)
+    return pool.index_select(0, chosen), replace(answer, index=chosen), distances, whole, apply
+
+
+def _gathered_conditions(ranks: Ranks, own: Conditions | None, layout: _Layout) -> Conditions | None:
+    """Conditions of all data rows and all noise rows."""
+    if own is None:
+        return None
+
+    def gathered(values: Tensor | None, rows: tuple[int, ...]) -> Tensor | None:
+        return None if values is None else ranks.all_gather_rows("condition", values, rows)
+
+    classes, features = gathered(own.classes, layout.data_rows), gathered(own.features, layout.data_rows)
+    if not own.tagged:
+        return Conditions(classes, features, classes, features)
+    noise_classes = gathered(own.noise_classes, layout.noise_rows)
+    return Conditions(classes, features, noise_classes, gathered(own.noise_features, layout.noise_rows))
+
+
+def _gathered_costs(
+    ranks: Ranks, whole: Problem, layout: _Layout, method: Method
+) -> tuple[Tensor | None, Exception | None]:
+    """Costs of all data rows, on the first rank; None elsewhere, and where a rank could not price its rows.
+
+    A rank's costs follow one number that says whether they are good, so that one that fails still joins.
+    """
+    blocks = None if whole.conditions is None else whole.conditions.blocks  # the same on every rank, errors included
+    if blocks is None:
+        sizes = [rows * len(whole.noise) for rows in layout.data_rows]
+    else:
+        held = [blocks.held(first, rows)[0] for first, rows in zip(layout.data_ends, layout.data_rows, strict=False)]
+        sizes = [int(blocks.row_lengths[of_rank].sum()) for of_rank in held]
+    priced = ranks.attempt("cost", whole.cost, method, False)
+    message = whole.data.new_zeros(1 + sizes[ranks.rank])
+    if priced.result is not None:
+        message[0], message[1:] = 1.0, priced.result.reshape(-1)
+    told = ranks.gather_rows("costs", message, [1 + size for size in sizes])
+    if told is None:
+        return None, priced.error
+    parts = torch.split(told, [1 + size for size in sizes])
+    if not all(bool(part[0]) for part in parts):
+        return None, priced.error
+    costs = torch.cat([part[1:] for part in parts])
+    costs = costs if method.on_device else on_host(costs)
+    return (costs.view(layout.n, -1) if blocks is None else blocks.joined(costs, held)), None
+
+
+def _told(ranks: Ranks, solved: Assignment | None, error: Exception | None, own: _Own, layout: _Layout) -> Assignment:
+    """Tell every rank the first rank's answer, or that there is none; collective."""
     message = torch.zeros(2 + layout.n, dtype=torch.int64, device=own.noise.device)
-    if solved.result is not None:
-        slack = float("nan") if solved.result.slack is None else solved.result.slack
-        message[0] = 1 + _MARGINALS.index(reached_marginal(solved.result, own.plan, layout.n, layout.m))
+    if solved is not None:
+        assert solved.marginal is not None
+        slack = float("nan") if solved.slack is None else solved.slack
+        message[0] = 1 + _MARGINALS.index(solved.marginal)
         message[1] = torch.tensor(slack, dtype=torch.float64).view(torch.int64)
-        message[2:] = solved.result.index
+        message[2:] = solved.index
     message = ranks.broadcast("index", message)
     status, slack_bits = message[:2].tolist()
     if status == 0:
-        ranks.fail(priced.error or solved.error)
+        ranks.fail(error)
     slack = torch.tensor(slack_bits).view(torch.float64).item()
-    return _Answer(message[2:], None if slack != slack else slack, _MARGINALS[status - 1])
+    return Assignment(message[2:], None if slack != slack else slack, _MARGINALS[status - 1])
 
 
-def _report(ranks: Ranks, sums: Tensor | None, error: Exception | None, layout: _Layout) -> tuple[float, float, float]:
-    """Turn each rank's sums into the means of the whole batch, the same on every rank."""
-    good = sums is not None
-    row = torch.cat([torch.tensor([float(good)]).double(), torch.zeros(3).double() if sums is None else sums])
-    gathered = ranks.all_gather("report", row)
+def _summed(ranks: Ranks, own: Distances | None, error: Exception | None, rank: _Own) -> Distances:
+    """Sum every rank's distances, so that all report the same; collective."""
+    row = torch.zeros(4, dtype=torch.float64)
+    if own is not None:
+        row = torch.stack([torch.ones_like(own.after), own.after, own.before, own.conditions]).double().cpu()
+    gathered = ranks.all_gather("sums", row)
     if not bool(gathered[:, 0].all()):
         ranks.fail(error)
-    cost, before, between = (gathered[:, 1:].sum(0) / layout.n).tolist()
-    return cost, before, between
-
-
-def _coupled(
-    ranks: Ranks,
-    own: _Own,
-    rows: Tensor,
-    index: Tensor,
-    marginal: Marginal,
-    costs: tuple[float, float, float | None],
-    apply: Callable[[Any], Any],
-) -> Coupled:
-    def out(value: Tensor) -> Any:
-        return value.numpy() if own.as_numpy else value
-
-    cost, before = (torch.tensor(c, dtype=own.batch.data.dtype, device=own.noise.device) for c in costs[:2])
-    return Coupled(
-        noise=out(rows),
-        index=out(index),
-        marginal=marginal,
-        cost=out(cost),
-        cost_before=out(before),
-        gap=costs[2],
-        trace=ranks.trace,
-        _rows=len(own.noise),
-        _apply=apply,
-    )
+    after, before, conditions = gathered[:, 1:].sum(0)
+    pricing = rank.problem.pricing
+    if pricing.check_finite and not bool(after.isfinite()):
+        inputs.report_not_finite(rank.problem.data, rank.problem.noise, pricing.metric)
+    device = rank.noise.device
+    wide = own.after.dtype if own is not None else torch.float64
+    return Distances(*(total.to(device=device, dtype=wide) for total in (after, before, conditions)))
 
 
 def _as_tied(t: Any, rows: int) -> Tensor:
@@ -753,5 +525,4 @@ class _Exchange:
                 {"dtype": str(checked.value.dtype), "shape of a row": str(tuple(checked.value.shape[1:]))},
             )
         moved = self.move(ranks, checked.value)
-        logger.debug("applied over %d ranks: %s", ranks.size, ranks.trace)
         return moved.numpy() if isinstance(t, np.ndarray) else moved

@@ -8,6 +8,7 @@ values; the noise that is returned never does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,65 +51,37 @@ def canonical_quantizer(name: str | None) -> str | None:
     return key
 
 
-def canonical_wire(wire: str | torch.dtype | None) -> str | None:
-    """Name the type that noise travels in, given by a quantizer's name or by its dtype.
-
-    Raises
-    ------
-    ValueError
-        For a type that no quantizer rounds to.
-    TypeError
-        For anything that is neither.
-    """
-    if isinstance(wire, torch.dtype):
-        names = {dtype: name for name, (dtype, _) in _TYPES.items()}
-        if wire not in names:
-            raise ValueError(unknown("wire type", wire, map(str, names)))
-        return names[wire]
-    if wire is not None and not isinstance(wire, str):
-        msg = f"wire= takes a dtype such as torch.float16, a quantizer's name or None, got {type(wire).__name__}."
-        raise TypeError(msg)
-    return canonical_quantizer(wire)
-
-
-def bytes_per_value(name: str) -> int:
-    """Size of the type that a quantizer rounds to."""
-    return _TYPES[name][0].itemsize
-
-
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """One side of the cost: values in working precision and, when quantized, the codes they came from.
+    """One side of the cost: its rows and, when quantized, the narrow codes that stand for them.
 
     Attributes
     ----------
-    values : (n, d) Tensor
-        float32 or float64: the rounded values, scaled back.
-    codes : (n, d) Tensor or None
-        The same values before scaling back, in the narrow type.
+    rows : (..., n, d) Tensor
+        float32 or float64, or codes of a quantizer.
     scale : 0-d Tensor or None
-        ``values == codes * scale``.
-    peak : float or None
-        Largest magnitude before rounding, where it is known.
+        ``values == rows * scale``, in the precision of the cost; None where the rows are the values.
     """
 
-    values: Tensor
-    codes: Tensor | None = None
+    rows: Tensor
     scale: Tensor | None = None
-    peak: float | None = None
 
-    def __getitem__(self, rows: Tensor) -> Operand:
-        codes = None if self.codes is None else self.codes[rows]
-        return Operand(self.values[rows], codes, self.scale)
+    @cached_property
+    def values(self) -> Tensor:
+        """(..., n, d) Tensor: float32 or float64, rounded if quantized."""
+        return self.rows if self.scale is None else self.rows.to(self.scale.dtype).mul_(self.scale)
+
+    def __getitem__(self, index: Tensor) -> Operand:
+        return Operand(self.rows[index], self.scale)
 
 
-def largest(values: Tensor) -> float:
-    """Largest magnitude, in one pass without a temporary; NaN if there is one. Waits for the device."""
+def largest_magnitude(values: Tensor) -> Tensor:
+    """Largest magnitude, a 0-d tensor; NaN if there is one. Does not wait for the device."""
     low, high = torch.aminmax(values)
-    return max(-low.item(), high.item())
+    return torch.maximum(-low, high)
 
 
-def quantized(values: Tensor, name: str | None, *, peak: float | None = None) -> Operand:
+def quantized(values: Tensor, name: str | None, *, largest: Tensor | None = None) -> Operand:
     """Round `values` to the named type after a scale that keeps every finite value finite.
 
     Parameters
@@ -116,28 +89,27 @@ def quantized(values: Tensor, name: str | None, *, peak: float | None = None) ->
     values : (n, d) Tensor
         float32 or float64, finite.
     name : str or None
-        One of `quantizers()`; ``None`` rounds nothing.
-    peak : float, optional
-        Largest magnitude, where it is known: of `values`, or of the larger tensor that they are rows of.
+        One of `quantizers()`; None rounds nothing.
+    largest : 0-d Tensor, optional
+        Largest magnitude of the tensor that `values` are some rows of; by default, that of `values`.
 
     Returns
     -------
     Operand
     """
     if name is None:
-        return Operand(values, peak=peak)
+        return Operand(values)
     dtype, limit = _TYPES[name]
     if limit is None:
         # The largest float32 values round up to infinity in bfloat16; its largest finite value is the answer.
         top = torch.finfo(dtype).max
-        codes = values.clamp(-top, top).to(dtype)
-        return Operand(codes.to(values.dtype), codes, values.new_ones(()), peak)
-    largest = torch.linalg.vector_norm(values, ord=float("inf")) if peak is None else values.new_tensor(peak)
+        return Operand(values.clamp(-top, top).to(dtype), values.new_ones(()))
+    if largest is None:
+        largest = largest_magnitude(values)
     # A peak of a few denormals would give a scale of zero and the division below infinity.
     scale = torch.where(largest > 0, (largest / limit).clamp_min(torch.finfo(values.dtype).tiny), 1.0)
     scaled = (values / scale).clamp_(-limit, limit)
-    codes = (scaled.round_() if dtype is torch.int8 else scaled).to(dtype)
-    return Operand(codes.to(values.dtype).mul_(scale), codes, scale, peak)
+    return Operand((scaled.round_() if dtype is torch.int8 else scaled).to(dtype), scale)
 
 
 def inner_products(x: Operand, y: Operand, *, factor: float = 1.0) -> Tensor:
@@ -146,13 +118,13 @@ def inner_products(x: Operand, y: Operand, *, factor: float = 1.0) -> Tensor:
     Parameters
     ----------
     x, y : Operand
-        ``(n, d)`` and ``(m, d)``.
+        ``(n, d)`` and ``(m, d)``, or batches ``(b, n, d)`` and ``(b, m, d)`` of such.
     factor : float
         Multiplies the product at no extra cost.
 
     Returns
     -------
-    (n, m) Tensor
+    (..., n, m) Tensor
         float32, or float64 for float64 values.
 
     Notes
@@ -160,17 +132,22 @@ def inner_products(x: Operand, y: Operand, *, factor: float = 1.0) -> Tensor:
     int8 is exact on every device: sums of products of int8 values are integers, accumulated exactly. The other types
     agree between devices up to the order of accumulation.
     """
-    if x.codes is not None and y.codes is not None and x.scale is not None and y.scale is not None:
-        if x.codes.dtype is torch.int8:
-            return _int8_product(x.codes, y.codes).to(x.values.dtype).mul_(x.scale * y.scale * factor)
-        native = _native_product(x.codes, y.codes) if x.codes.is_cuda else None
-        if native is not None:
-            return native.to(x.values.dtype).mul_(x.scale * y.scale * factor)
-    return torch.addmm(x.values.new_zeros(()), x.values, y.values.T, beta=0, alpha=factor)
+    if x.scale is not None and y.scale is not None:
+        product = None
+        if x.rows.dtype is torch.int8:
+            product = _int8_product(x.rows, y.rows)
+        elif x.rows.is_cuda:
+            product = _native_product(x.rows, y.rows)
+        if product is not None:
+            return product.to(x.scale.dtype).mul_(x.scale * y.scale * factor)
+    multiply = torch.addmm if x.rows.dim() == 2 else torch.baddbmm
+    return multiply(x.values.new_zeros(()), x.values, y.values.mT, beta=0, alpha=factor)
 
 
 def _native_product(x: Tensor, y: Tensor) -> Tensor | None:
     """Product of codes on a CUDA device, accumulated and returned in float32; None where it has no such kernel."""
+    if x.dim() != 2:
+        return None
     if x.dtype in (torch.float16, torch.bfloat16):
         # A half-precision result would overflow: d products of values up to 1 sum to d.
         return torch.mm(x, y.T, out_dtype=torch.float32)
@@ -183,12 +160,12 @@ def _native_product(x: Tensor, y: Tensor) -> Tensor | None:
 
 def _int8_product(x: Tensor, y: Tensor) -> Tensor:
     """Exact product of int8 matrices: int32 where it cannot overflow, float64 beyond."""
-    depth = x.shape[1]
+    depth = x.shape[-1]
     exact = torch.int32 if depth * 127 * 127 < 2**31 else torch.float64
-    if x.is_cuda and exact is torch.int32 and x.shape[0] > 16 and depth % 8 == 0 and y.shape[0] % 8 == 0:
+    if x.is_cuda and x.dim() == 2 and exact is torch.int32 and len(x) > 16 and depth % 8 == 0 and len(y) % 8 == 0:
         return torch._int_mm(x, y.T)
-    total = torch.zeros(x.shape[0], y.shape[0], dtype=exact, device=x.device)
+    total = torch.zeros(*x.shape[:-1], y.shape[-2], dtype=exact, device=x.device)
     for start in range(0, depth, _EXACT_INT8_TERMS):
         part = slice(start, start + _EXACT_INT8_TERMS)
-        total += (x[:, part].float() @ y[:, part].float().T).to(exact)
+        total += (x[..., part].float() @ y[..., part].float().mT).to(exact)
     return total

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from couplings._names import unknown
 from couplings._types import Marginal, Needs
-from couplings.assigners.registry import Assignment, BrokenPromiseError, check_index, find
+from couplings.assigners.method import Assignment, BrokenPromiseError
+from couplings.assigners.registry import find
 from couplings.coupling import Coupled, couple
 from couplings.diagnostics import ClassLeakage, MarginalDrift, class_leakage, marginal_drift
 
@@ -255,7 +256,7 @@ def check_marginal(
         operands = (x, y) if needs == "points" else (torch.cdist(x, y).square(),)
         answer = method(*operands, generator=choose, **options)
         index = answer.index if isinstance(answer, Assignment) else answer
-        index = check_index(index, len(data), len(noise), "resampled", entry.info.name, named=False)
+        index = entry.checked_index(index, len(data), len(noise), "resampled")
         return noise[index], index
 
     ledger = _Ledger(entry.info.name, marginal, false_alarm)

@@ -7,8 +7,8 @@ The loops are in `couplings.kernels.auction`.
 import torch
 from torch import Tensor
 
-from couplings.assigners.registry import Assignment
-from couplings.phases import phase
+from couplings.assigners.method import Assignment
+from couplings.stages import stage
 
 
 def assign(
@@ -36,7 +36,7 @@ def assign(
     """
     from couplings.kernels.auction import solve
 
-    with phase("conversion"):
+    with stage("conversion"):
         matrix = cost.numpy(force=True)
     solution = solve(
         matrix,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from couplings.assigners.duality import slack
 from couplings.assigners.extras import missing_extra
-from couplings.assigners.registry import Assignment
-from couplings.phases import phase
+from couplings.assigners.method import Assignment
+from couplings.stages import stage
 
 _OPTIMAL = 1  # POT's result code
 
@@ -41,7 +41,7 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
         import ot
     except ImportError as error:
         raise missing_extra(__name__, package="POT", extra="pot") from error
-    with phase("conversion"):
+    with stage("conversion"):
         matrix = cost.cpu().double()
         # POT calls some problems with negative costs infeasible; a constant changes no pair.
         matrix = matrix - matrix.min()

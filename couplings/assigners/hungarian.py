@@ -6,14 +6,14 @@ Crouse (2016), On implementing 2D rectangular assignment algorithms, doi:10.1109
 import torch
 from torch import Tensor
 
-from couplings.phases import phase
+from couplings.stages import stage
 
 
 def assign(cost: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Assign each row a distinct column at the least total cost."""
     from scipy.optimize import linear_sum_assignment
 
-    with phase("conversion"):
+    with stage("conversion"):
         matrix = cost.cpu().double().numpy()  # what scipy would do, unseen
     _, columns = linear_sum_assignment(matrix)
     return torch.from_numpy(columns)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from couplings.assigners.duality import slack
 from couplings.assigners.extras import missing_extra
-from couplings.assigners.registry import Assignment
-from couplings.phases import phase
+from couplings.assigners.method import Assignment
+from couplings.stages import stage
 
 
 def assign(cost: Tensor, *, generator: torch.Generator | None = None) -> Assignment:
@@ -20,7 +20,7 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None) -> Assignm
     except ImportError as error:
         raise missing_extra(__name__, package="lapjv", extra="lapjv") from error
     n, m = cost.shape
-    with phase("conversion"):
+    with stage("conversion"):
         square = cost.cpu()
         if m > n:
             # The package takes square matrices: m - n rows of a constant take the columns that are left.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from couplings.assigners.extras import missing_extra
-from couplings.assigners.randomness import gumbel, private_generator
-from couplings.assigners.registry import Assignment
-from couplings.phases import phase
+from couplings.assigners.method import Assignment
+from couplings.assigners.randomness import gumbel, seeded_by
+from couplings.stages import stage
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def assign(
     except ImportError as error:
         raise missing_extra(__name__, package="POT", extra="pot") from error
     n = len(cost)
-    generator = generator or private_generator()
-    with phase("conversion"):
+    generator = generator or seeded_by(cost)
+    with stage("conversion"):
         centred = cost - cost.mean(1, keepdim=True)
         centred -= centred.mean(0)
         centred /= _or_one(centred.abs().amax())  # squares of large or small costs would not be float32 numbers

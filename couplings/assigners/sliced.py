@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from couplings.assigners.randomness import private_generator
 from couplings.distances import Metric, pair_costs
 
 _POWER_STEPS = 4
+_PRIVATE_SEED = 0x5EED
 _COORDINATES = 1024  # taken to float64 at a time
 _FLAT = 1e-9  # an axis is none where the data extends less than this share of its extent along the first
 
@@ -61,9 +61,7 @@ def assign(
     if not isinstance(metric, str):
         msg = "the method sliced builds no cost matrix and takes no callable metric: name one, or use another method."
         raise TypeError(msg)
-    generator = generator or private_generator()
-    draws = torch.randn(data.shape[1], directions, generator=generator, device=generator.device, dtype=torch.float32)
-    basis = draws.to(data.device).double()
+    basis = _random_directions(noise, directions, generator)
     if axes == "principal":
         basis = _leading_axes(data, basis)
     order_data = _project(data, basis).argsort(dim=0, stable=True)
@@ -78,6 +76,17 @@ def assign(
         better = cost < least
         best, least = torch.where(better, candidate, best), torch.where(better, cost, least)
     return best
+
+
+def _random_directions(noise: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw ``(d, count)`` normal float64 directions; without a generator, new ones for new noise.
+
+    The signs of the first noise row turn a fixed draw into another one: seeding a generator would wait for the device.
+    """
+    source = generator or torch.Generator().manual_seed(_PRIVATE_SEED)
+    draws = torch.randn(noise.shape[1], count, generator=source, device=source.device, dtype=torch.float32)
+    basis = draws.to(noise.device).double()
+    return basis if generator is not None else torch.where(noise[:1].T < 0, -basis, basis)
 
 
 def _project(points: Tensor, basis: Tensor, origin: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from couplings.phases import phase
+from couplings.stages import stage
 
 
 def assign(
@@ -38,8 +38,8 @@ def assign(
         msg = f"noise_rank= must be 'cost' or 'dot', got {noise_rank!r}."
         raise ValueError(msg)
     data, noise = points
-    with phase("cost"):
+    with stage("cost"):
         score = cost if noise_rank == "cost" else -(data @ noise.T)
-    with phase("conversion"):
+    with stage("conversion"):
         of_data, of_noise = cost.numpy(force=True), score.numpy(force=True)
     return torch.from_numpy(stable(of_data, of_noise))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from couplings.phases import phase
+from couplings.stages import stage
 
 from . import _assignment as kernels
 from ._threads import over_rows
@@ -140,7 +140,7 @@ def solve(
     C = np.ascontiguousarray(cost).view()
     C.flags.writeable = False  # one kernel signature for all callers, and a promise kept by Numba
     warm = None if warm_start is None else np.asarray(warm_start, np.float64)
-    with phase("conversion"):
+    with stage("conversion"):
         search = _Search(C, 1 if threads is None or C.size < SERIAL else threads, deadline)
     if 0.0 < search.ceiling < FAINT:
         # Costs that differ by next to nothing in float64: so many levels to the unit that their number overflows.
