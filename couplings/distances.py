@@ -8,8 +8,12 @@ the n pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,6 +83,8 @@ def common_centre(noise: Tensor) -> Tensor | None:
     if len(noise) < 2:
         return None
     sample = noise[:: -(-len(noise) // _SAMPLE_ROWS)]
+    if noise.device.type == "cpu" and _surrounds_origin(sample.numpy()):
+        return None
     mean = sample.mean(0)
     deviation = (sample - mean).square_().mean().sqrt_()
     # A power of two; of rows that are all equal the mean itself is the centre.
@@ -86,6 +92,14 @@ def common_centre(noise: Tensor) -> Tensor | None:
     centre = torch.where(grid > 0, (mean / grid).round_().mul_(grid), mean)
     centre = centre.nan_to_num_(0.0, 0.0, 0.0)  # of rows with NaN or infinity, which the checks report
     return centre if centre.device.type != "cpu" or bool(centre.any()) else None
+
+
+def _surrounds_origin(sample: npt.NDArray[Any]) -> bool:
+    """Whether the centre of these rows would certainly be rounded to zero: an early exit of a few microseconds."""
+    mean = np.add.reduce(sample, 0) / len(sample)
+    apart = sample - mean
+    # Half the grid is at least 4 / sqrt(2) deviations.
+    return bool(np.abs(mean).max() <= 2.8 * math.sqrt(np.vdot(apart, apart) / apart.size))
 
 
 def cost_matrix(x: Operand, y: Operand, metric: str, *, shift_invariant: bool) -> Tensor:

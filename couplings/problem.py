@@ -270,12 +270,11 @@ class Problem:
         Assignment
             Index on the data's device, and the marginal that was reached.
         """
-        points, on_cpu = method.info.needs == "points", self.data.device.type == "cpu"
-        if generator is None and "generator" in method.wants and not (method.builtin and (points or not on_cpu)):
-            # A method of ours draws without one where reading the noise would wait for a device.
+        # A method of ours draws without one on a device: reading the noise would wait for it.
+        if generator is None and method.draws and (self.data.device.type == "cpu" or not method.builtin):
             generator = seeded_by(self.noise)
         given = {"generator": generator, "metric": self.pricing.metric}
-        if points and self._features is not None:
+        if method.info.needs == "points" and self._features is not None:
             msg = (
                 f"the method {method.info.name} builds no cost matrix to add a continuous condition= to. "
                 "Use a method on the cost, such as 'auction', or integer classes."

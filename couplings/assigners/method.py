@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,10 +82,11 @@ class Method:
     load : callable
         Returns the function, imported when first asked for.
     builtin : bool
-        One of ours: it modifies no operand, draws nothing where it is given no generator, and reads costs on the host
-        unless `on_device`.
+        One of ours: it modifies no operand, and reads costs on the host unless `on_device`.
     registered : bool
         Whether its marginal was declared; a bare callable is held to a permutation.
+    draws : bool
+        It may ask the generator that it is given for random numbers.
     on_device : bool
         It takes the cost where it was computed.
     rectangular : bool
@@ -99,6 +101,7 @@ class Method:
     load: Callable[[], AssignFn] = field(repr=False)
     builtin: bool = False
     registered: bool = True
+    draws: bool = True
     on_device: bool = False
     rectangular: bool = False
     forbids: bool = False
@@ -209,13 +212,13 @@ class Method:
             )
             raise BrokenPromiseError(msg)
         index = index.to(torch.int64)
-        used = index.sort().values
+        used = np.sort(index.cpu().numpy())
         low, high = int(used[0]), int(used[-1])
         if low < 0 or high >= m:
             msg = f"the method {name} returned rows {low} to {high}; the noise has rows 0 to {m - 1}. {mend}"
             raise BrokenPromiseError(msg)
         if marginal == "permutation" and bool((used[1:] == used[:-1]).any()):
-            distinct = len(torch.unique(index))
+            distinct = len(np.unique(used))
             msg = f"the method {name} used {distinct} different noise rows for {n} data rows: no permutation. {mend}"
             raise BrokenPromiseError(msg)
         return index

@@ -30,6 +30,7 @@ def _builtin(
     needs: Needs = "cost",
     shift_invariant: bool = False,
     requires: tuple[str, ...] = (),
+    draws: bool = False,
     **abilities: bool,
 ) -> Method:
     def load() -> AssignFn:
@@ -37,7 +38,7 @@ def _builtin(
         return fn
 
     info = MethodInfo(name, summary, exact, marginal, needs, shift_invariant, requires)
-    return Method(info, load, builtin=True, **abilities)
+    return Method(info, load, builtin=True, draws=draws, **abilities)
 
 
 _BUILTIN = (
@@ -85,6 +86,7 @@ _BUILTIN = (
         "entropic optimal transport in the log domain, then a draw from the plan",
         shift_invariant=True,
         requires=("pot",),
+        draws=True,
         on_device=True,
     ),
     _builtin("greedy", "globally smallest remaining entry of the cost first", rectangular=True, forbids=True),
