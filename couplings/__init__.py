@@ -9,6 +9,7 @@
 from importlib import import_module
 from typing import Any
 
+from couplings.ahead import lookahead
 from couplings.assigners import MethodInfo, methods, register
 from couplings.coupling import Coupled, Coupling, couple
 from couplings.distances import metrics
@@ -23,6 +24,7 @@ __all__ = [
     "MethodInfo",
     "__version__",
     "couple",
+    "lookahead",
     "methods",
     "metrics",
     "quantizers",

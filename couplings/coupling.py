@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from couplings.inputs import Array
 from couplings.problem import Certificate, Distances, Pricing, Problem, certificate, take, take_tied
 from couplings.quantization import canonical_quantizer
 from couplings.stages import stage
+
+if TYPE_CHECKING:
+    from couplings.ahead import Pending
 
 NDArray = np.ndarray[Any, Any]
 MethodLike = str | Callable[..., Any]
@@ -245,6 +248,41 @@ class Coupling:
         with stage("gather"):
             moved = take(inputs.as_tensor(noise, "noise"), answer.index)
         return self._result(data, moved, answer, distances, problem, lambda t: take_tied(t, answer.index, len(noise)))
+
+    @_outside_graphs
+    def submit(
+        self,
+        data: A,
+        noise: A,
+        *,
+        condition: Condition | None = None,
+        noise_condition: Condition | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Pending[Coupled[A]]:
+        """Couple a batch in the background: the same answer as calling, later.
+
+        Neither the calling thread nor its CUDA stream waits. The inputs must not change until the result is there.
+
+        Returns
+        -------
+        Pending
+            ``pending.result()`` is the `Coupled`, or raises; ``pending.done()`` says whether it is there.
+
+        Notes
+        -----
+        With ``scope="global"`` the exchanges use a gloo process group of their own, made by the first submission, which
+        is collective; every rank submits in the same order.
+
+        Examples
+        --------
+        >>> import torch
+        >>> pending = Coupling().submit(torch.rand(8, 3), torch.randn(8, 3))
+        >>> pending.result().noise.shape
+        torch.Size([8, 3])
+        """
+        from couplings.ahead import submit
+
+        return submit(self, data, noise, condition=condition, noise_condition=noise_condition, generator=generator)
 
     def _result(
         self,
