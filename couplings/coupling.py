@@ -16,6 +16,7 @@ from torch import Tensor
 
 from couplings import inputs
 from couplings._names import unknown
+from couplings._openmp import one_thread
 from couplings._types import Marginal, Scope
 from couplings.assigners.method import Assignment, Method
 from couplings.assigners.registry import find
@@ -236,7 +237,7 @@ class Coupling:
         with torch.no_grad():
             with stage("checks"):
                 problem = check()
-            with _without_autocast(problem.data.device):
+            with _without_autocast(problem.data.device), one_thread() if problem.small else nullcontext():
                 cost = None
                 if method.info.needs == "cost":
                     cost = problem.cost(method)
@@ -245,7 +246,7 @@ class Coupling:
                 answer = problem.solve(method, cost, options, generator)
                 with stage("report"):
                     distances = problem.distances(answer.index)
-        with stage("gather"):
+        with stage("gather"), one_thread() if problem.small else nullcontext():
             moved = take(inputs.as_tensor(noise, "noise"), answer.index)
         return self._result(data, moved, answer, distances, problem, lambda t: take_tied(t, answer.index, len(noise)))
 
