@@ -15,7 +15,7 @@ from couplings import couple
 from couplings.ablation import running
 from couplings.ablation.grid import Point, points, read_grid
 from couplings.ablation.measuring import Measurer
-from couplings.ablation.records import Log, read_records
+from couplings.ablation.records import Log, read_lines
 from couplings.ablation.sources import open_source
 from couplings.ablation.workers import Settings, World
 from couplings.cli import main
@@ -131,14 +131,14 @@ def test_a_line_that_was_cut_off_is_written_anew_and_two_writers_are_refused(tmp
         log.add({"a": 3})
         with pytest.raises(RuntimeError, match="another process is writing"):
             Log(path)
-    assert read_records(path)[0] == [{"a": 1}, {"a": 3}]
+    assert read_lines(path)[0] == [{"a": 1}, {"a": 3}]
     path.write_text("nonsense\n")
     with pytest.raises(ValueError, match="line 1: not a JSON object"):
-        read_records(path)
+        read_lines(path)
 
 
 def _measured(path):
-    records = read_records(path)[0] if path.exists() else []
+    records = read_lines(path)[0] if path.exists() else []
     return [record for record in records if record["task"] in ("quality", "time")]
 
 
@@ -168,7 +168,7 @@ def test_a_killed_run_continues_and_measures_nothing_twice(tmp_path, capsys):
     assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     keys = [(record["task"], Point.from_dict(record).key) for record in _measured(path)]
     assert len(keys) == len(set(keys)) == 4 * 12
-    runs = [record for record in read_records(path)[0] if record["task"] == "run"]
+    runs = [record for record in read_lines(path)[0] if record["task"] == "run"]
     assert [run["run"] for run in runs] == [0, 1]
     size = path.stat().st_size
     assert main(command[3:]) == 0

@@ -102,10 +102,14 @@ class Point:
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @property
+    def label(self) -> str:
+        """The method with its options, as rows of tables are named."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+
+    @property
     def title(self) -> str:
         """Name for a progress bar."""
-        options = "".join(f" {name}={value}" for name, value in self.options.items())
-        parts = (self.method + options, self.metric, self.quantize, self.condition)
+        parts = (self.label, self.metric, self.quantize, self.condition)
         where = f"{self.ranks} x {self.n}" if self.scope == "global" else f"n = {self.n}"
         return f"{self.data} {where}: {' '.join(part for part in parts if part)}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from couplings.ablation.grid import Point
-from couplings.ablation.records import read_records
+from couplings.ablation.records import read_lines
 from couplings.report.sections import Samples
 
 __all__ = ["Cells", "Series", "read"]
@@ -149,7 +149,7 @@ def read(paths: Iterable[Path]) -> Read:
     training: dict[tuple[Any, ...], Record] = {}
     latest: dict[tuple[str, str], Record] = {}
     for path in paths:
-        for record in read_records(path)[0]:
+        for record in read_lines(path)[0]:
             task = record.get("task")
             if task == "run":
                 runs.append({**record["environment"], "command": record.get("command", "")})
