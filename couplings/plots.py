@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from couplings.comparison import Batch, Cell
+from couplings.ablation.sources import Batch
 
 __all__ = ["check_plot", "plot_comparison"]
 
@@ -24,7 +24,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
-        msg = "--plot needs the package matplotlib, which is not installed. Type: pip install 'couplings[plot]'"
+        msg = "--plot needs the package matplotlib, which is not installed. Type: pip install 'couplings[ablate]'"
         raise ImportError(msg) from error
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
@@ -45,7 +45,7 @@ def _colour(i: int) -> str:
     return str(to_hex(colormaps["tab20"](2 * i % 20 + i // 10 % 2)))
 
 
-def plot_comparison(cells: Sequence[Cell], batch: Batch, path: Path) -> None:
+def plot_comparison(cells: Sequence[Any], batch: Batch, path: Path) -> None:
     """Draw distance reduction against milliseconds, a panel for each metric.
 
     Parameters
@@ -65,7 +65,7 @@ def plot_comparison(cells: Sequence[Cell], batch: Batch, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    from couplings.files import written_atomically
+    from couplings.ablation.files import written_atomically
 
     done = [cell for cell in cells if cell.seconds is not None]
     metrics = list(dict.fromkeys(cell.metric for cell in cells))

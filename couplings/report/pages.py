@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from couplings.files import written_atomically
+from couplings.ablation.files import written_atomically
 from couplings.report import couplings_part, training_part
 from couplings.report.reading import Read
 from couplings.report.sections import Entry, Figure, Picture, Section, Table
