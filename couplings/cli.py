@@ -245,7 +245,7 @@ def _add_report(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="tables and plots of records, as one HTML page or as Markdown",
-        description="Put together what `couplings ablate` and `python -m benchmarks.ablation` recorded.",
+        description="Put together what `couplings ablate` recorded.",
     )
     parser.add_argument("records", nargs="+", type=Path, metavar="JSONL", help="files of records")
     parser.add_argument(
@@ -422,9 +422,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from couplings.ablation.plots import check_plot, plot_comparison
     from couplings.comparison import grid
     from couplings.files import check_target
-    from couplings.plots import check_plot, plot_comparison
 
     everything = arguments.methods is None or arguments.methods == ["all"]
     plans = grid(
@@ -508,9 +508,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from couplings.ablation.report import write
     from couplings.files import check_target
-    from couplings.report.pages import write
-    from couplings.report.reading import read
 
     page: Path | None = arguments.output
     if page is None and arguments.markdown is None:
@@ -518,7 +517,7 @@ def _report(arguments: argparse.Namespace) -> int:
     for path in (page, arguments.markdown):
         if path is not None:
             check_target(path, force=arguments.force)
-    for path in write(read(arguments.records), page, arguments.markdown, arguments.title, force=arguments.force):
+    for path in write(arguments.records, page, arguments.markdown, title=arguments.title, force=arguments.force):
         print(path)
     return 0
 
