@@ -38,25 +38,21 @@ class Figure:
     ----------
     caption : str
     content : bytes
-        As `figure_bytes` returns it.
-    format : str
-        ``"svg"`` or ``"png"``; a PNG is an image of few pixels, and enlarged without smoothing.
+        An SVG, as `figure_bytes` returns it.
     """
 
     caption: str
     content: bytes
-    format: str = "svg"
 
     @property
     def url(self) -> str:
         """The figure itself as an address, for pages that need no other file."""
-        kind = "svg+xml" if self.format == "svg" else self.format
-        return f"data:image/{kind};base64,{base64.b64encode(self.content).decode()}"
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.content).decode()}"
 
     @property
     def file(self) -> str:
         """A name of a file, made of the caption."""
-        return f"{re.sub(r'[^a-z0-9]+', '-', self.caption.lower()).strip('-')}.{self.format}"
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.caption.lower()).strip('-')}.svg"
 
 
 def figure_bytes(figure: Any, file_format: str = "svg") -> bytes:
@@ -73,11 +69,11 @@ def figure_bytes(figure: Any, file_format: str = "svg") -> bytes:
     bytes
         Of an SVG, the same for the same figure: it holds no date, and its ids are not random.
     """
-    import matplotlib as mpl
+    from matplotlib import rc_context
 
     file = io.BytesIO()
     # Text stays text: smaller, and it can be searched.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "couplings"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "couplings"}):
         figure.savefig(file, format=file_format, dpi=150, metadata={"Date": None} if file_format == "svg" else None)
     return file.getvalue()
 
@@ -90,7 +86,6 @@ def lines(
     *,
     xlabel: str,
     ylabel: str,
-    log_x: bool = True,
     log_y: bool = False,
 ) -> Figure | None:
     """Draw means over seeds against a number, with the standard deviation.
@@ -100,7 +95,8 @@ def lines(
     cells : DataFrame
         A row for each measurement, with the columns ``label``, ``biased``, ``seed``, `x` and `y`.
     x, y, caption, xlabel, ylabel : str
-    log_x, log_y : bool
+    log_y : bool
+        A logarithmic axis; that of `x` always is one.
 
     Returns
     -------
@@ -119,7 +115,7 @@ def lines(
         line = points[label].dropna(subset="mean")
         dashes = "--" if label in biased else "-"
         _draw(panel, i, name, line.index, line["mean"], None, line["std"].fillna(0.0), linestyle=dashes, markersize=4.5)
-    panel.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+    panel.set(xscale="log", yscale="log" if log_y else "linear")
     panel.set_xticks(points.index)
     panel.xaxis.set_major_formatter(_plain)
     panel.minorticks_off()
@@ -142,19 +138,24 @@ def pareto(cells: pd.DataFrame, caption: str) -> Figure | None:
     Figure or None
         None if there are fewer than two labels.
     """
-    groups = cells.dropna(subset=["ms", "reduction"]).groupby("label", sort=False)
-    if groups.ngroups < 2:
+    measured = cells.dropna(subset=["ms", "reduction"]).assign(percent=100 * cells["reduction"])
+    points = measured.groupby("label", sort=False).agg(
+        ms=("ms", "mean"),
+        ms_std=("ms", "std"),
+        percent=("percent", "mean"),
+        percent_std=("percent", "std"),
+        biased=("biased", "any"),
+    )
+    if len(points) < 2:
         return None
-    figure, panel = _panel(caption, "milliseconds of a call", "distance reduction, %", entries=groups.ngroups)
-    ms, percent = groups["ms"].agg(["mean", "std"]), 100 * groups["reduction"].agg(["mean", "std"])
-    biased = groups["biased"].any()
-    for i, label in enumerate(ms.index):
-        # A bar to 0 has no end on this axis.
-        bars = min(ms["std"].fillna(0.0)[label], 0.9 * ms["mean"][label]), percent["std"].fillna(0.0)[label]
-        _draw(panel, i, label, ms["mean"][label], percent["mean"][label], *bars, linestyle="none", hollow=biased[label])
-    fair = percent["mean"][~biased].reindex(ms["mean"][~biased].sort_values(kind="stable").index)
-    front = fair[fair > fair.cummax().shift(fill_value=-np.inf)]
-    panel.step(ms["mean"][front.index], front, where="post", color="#8a8f98", linewidth=1, zorder=1)
+    figure, panel = _panel(caption, "milliseconds of a call", "distance reduction, %", entries=len(points))
+    for i, point in enumerate(points.fillna(0.0).itertuples()):
+        xerr = min(point.ms_std, 0.9 * point.ms)  # a bar to 0 has no end on this axis
+        style = {"linestyle": "none", "hollow": point.biased}
+        _draw(panel, i, point.Index, point.ms, point.percent, xerr, point.percent_std, **style)
+    front = points[~points["biased"]].sort_values("ms", kind="stable")
+    front = front[front["percent"] > front["percent"].cummax().shift(fill_value=-np.inf)]
+    panel.step(front["ms"], front["percent"], where="post", color="#8a8f98", linewidth=1, zorder=1)
     panel.set_xscale("log")
     _log_ticks(panel.xaxis)
     return _with_legend(figure, panel, caption)
@@ -181,9 +182,9 @@ def _merged(samples: pd.DataFrame) -> dict[str, str]:
 
 def _panel(title: str, xlabel: str, ylabel: str, *, entries: int) -> tuple[Any, Any]:
     """Make a figure small enough to be read on a phone, with room for so many entries of a legend."""
-    from matplotlib.figure import Figure  # the object interface: pyplot would keep the figure in a global list
+    import matplotlib.figure as mpl  # the object interface: pyplot would keep the figure in a global list
 
-    figure = Figure(figsize=(5.4, 3.4 + 0.17 * (entries // 3 + 1)), layout="constrained")
+    figure = mpl.Figure(figsize=(5.4, 3.4 + 0.17 * (entries // 3 + 1)), layout="constrained")
     panel = figure.subplots()
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
@@ -261,7 +262,7 @@ def plot_comparison(cells: Sequence[Cell], batch: Batch, path: Path) -> None:
         If it cannot be written.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    from matplotlib import figure as mpl
     from matplotlib.lines import Line2D
 
     metrics = list(dict.fromkeys(cell.metric for cell in cells))
@@ -274,7 +275,7 @@ def plot_comparison(cells: Sequence[Cell], batch: Batch, path: Path) -> None:
     markers = {quantize: _MARKERS[i % 6] for i, quantize in enumerate(dict.fromkeys(cell.quantize for cell in cells))}
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(max(7.0, 2.6 + 3.8 * columns), 4.8 if rows == 1 else 3.8 * rows), layout="constrained")
+    figure = mpl.Figure(figsize=(max(7.0, 2.6 + 3.8 * columns), 4.8 if rows == 1 else 3.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[len(metrics) :]:
         panel.set_axis_off()

@@ -21,7 +21,7 @@ from couplings.ablation.significance import TEST
 from couplings.ablation.sources import BUILT_IN
 from couplings.files import written_atomically
 
-__all__ = ["read", "sections", "table_3", "write"]
+__all__ = ["prepare", "sections", "table_3", "write"]
 
 PAPER = "Immiscible Diffusion, arXiv 2406.12303"
 PAPER_TABLE_3 = {128: (0.0193, 5.4), 256: (0.0216, 6.7), 512: (0.0232, 8.8), 1024: (0.0244, 22.8)}
@@ -89,7 +89,8 @@ def write(
 
 def sections(paths: Sequence[Path]) -> list[Section]:
     """Make all sections that the records allow: results first, then how they came about."""
-    cells = read(paths)
+    found = records.read_records(paths)
+    cells = prepare(found)
     troubles = _troubles(cells)
     measured = cells.dropna(subset="reduction")
     plain = measured.query("scope == 'local' and quantize == 'none' and condition == 'none'")
@@ -103,17 +104,18 @@ def sections(paths: Sequence[Path]) -> list[Section]:
         Section("How to read the tables", TEST),
         Section("Grid", tables=[_grid(measured)]),
         Section("Skipped, failed or warned", "" if troubles else "Nothing.", troubles),
-        *_origins(records.read_records(paths), paths),
+        *_origins(found, paths),
     ]
     return [section for section in made if section.text or section.tables or section.code]
 
 
-def read(paths: Sequence[Path]) -> pd.DataFrame:
-    """Read the cells of an ablation.
+def prepare(found: pd.DataFrame) -> pd.DataFrame:
+    """Put what was measured of each cell into the form that the tables are made of.
 
     Parameters
     ----------
-    paths : sequence of Path
+    found : DataFrame
+        From `couplings.ablation.records.read_records`.
 
     Returns
     -------
@@ -124,15 +126,14 @@ def read(paths: Sequence[Path]) -> pd.DataFrame:
 
     Raises
     ------
-    ValueError, OSError
-        As `write`.
+    ValueError
+        If there are other records, or none.
     """
-    found = records.read_records(paths)
     others = set(found.get("task", ())) - {"run", "quality", "time"}
     cells = pd.DataFrame() if others else records.cells(found)
     if cells.empty:
-        named, kinds = ", ".join(map(str, paths)), ", ".join(sorted(map(str, others)))
-        msg = f"{named}: {f'records of {kinds}' if others else 'no records'}. Name files that couplings ablate wrote."
+        got = f"records of {', '.join(sorted(map(str, others)))}" if others else "no records"
+        msg = f"a report is made of what couplings ablate recorded, but the files hold {got}."
         raise ValueError(msg)
     cells = cells.reindex(columns=cells.columns.union(_MEASURED, sort=False))
     cells["biased"] = cells["marginal"] == "selected"
@@ -152,7 +153,7 @@ def table_3(cells: pd.DataFrame) -> list[Table]:
     Parameters
     ----------
     cells : DataFrame
-        From `read`.
+        From `prepare`.
 
     Returns
     -------
@@ -266,6 +267,7 @@ def _number_formats(cells: pd.DataFrame) -> list[Table]:
     """Compare number formats with float32, where several were measured."""
     cells = cells.query("scope == 'local' and condition == 'none' and quantize != 'none'")
     several = cells[cells.groupby(["data", "metric", "label", "n"])["quantize"].transform("nunique") > 1]
+    several = several.sort_values("label", kind="stable")
     tables = []
     for (data, metric), there in several.groupby(["data", "metric"], sort=False):
         rows = there["label"] + ", " + there["quantize"]

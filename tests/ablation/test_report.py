@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from couplings.ablation.report import PAPER_TABLE_3, read, sections, table_3, write
+from couplings.ablation.records import read_records
+from couplings.ablation.report import PAPER_TABLE_3, prepare, sections, table_3, write
 from couplings.ablation.significance import LEVEL, marks
 from couplings.cli import main
 
@@ -125,14 +126,14 @@ def test_a_row_that_shares_no_two_seeds_with_the_best_is_not_tied():
 
 
 def test_table_3_is_made_of_records(files):
-    (made,) = table_3(read([files / "a.jsonl"]))
+    (made,) = table_3(prepare(read_records([files / "a.jsonl"])))
     assert list(made.frame.loc[128]) == ["1.93%", "1.55% ± 0.00", "5.4", "0.9 ± 0.0", "2.4 ± 0.0", "3.2 ± 0.0"]
     assert made.frame.loc[256, "paper: reduction"] == f"{PAPER_TABLE_3[256][0]:.2%}"
     assert "another machine" in made.caption
     assert "other data" in made.caption
     text = (files / "a.jsonl").read_text().replace("0.0155", "0.0177").replace("3.25", "4.75")
     (files / "b.jsonl").write_text(text)
-    (other,) = table_3(read([files / "b.jsonl"]))
+    (other,) = table_3(prepare(read_records([files / "b.jsonl"])))
     assert other.frame.loc[128, "ours: reduction"].startswith("1.77%")
     assert other.frame.loc[128, "whole call: ms"].startswith("4.8")
 
@@ -180,3 +181,13 @@ def test_what_cannot_be_reported_is_refused(files, capsys):
     (files / "p.html").write_text("precious")
     assert main(["report", str(files / "a.jsonl"), "-o", str(files / "p.html")]) == 2
     assert (files / "p.html").read_text() == "precious"
+
+
+def test_a_report_of_failures_shows_them(files):
+    lines = (files / "a.jsonl").read_text().splitlines()
+    (files / "failed.jsonl").write_text("".join(line + "\n" for line in lines if "out of luck" in line))
+    made = {section.title: section for section in sections([files / "failed.jsonl"])}
+    assert list(made) == ["How to read the tables", "Grid", "Skipped, failed or warned"]
+    assert made["Skipped, failed or warned"].tables[0].frame["reason"].tolist() == [
+        "failed: RuntimeError: <out of luck>"
+    ]
