@@ -13,7 +13,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -300,8 +299,8 @@ def compare(
     from couplings.ablation import measure
     from couplings.ablation.files import check_target
     from couplings.ablation.grid import points, share_options
+    from couplings.ablation.plots import check_plot, plot_comparison
     from couplings.ablation.sources import first_batch
-    from couplings.plots import check_plot, plot_comparison
 
     everything = methods in (None, ["all"])
     axes = {"methods": share_options(methods or "all", _options(option)), "metrics": metrics, "quantizers": quantizers}
@@ -327,7 +326,7 @@ def compare(
 
         records = measure.compare(batch, cells, repeats=repeats, on_start=on_start)
     if plot is not None:  # before the table: whoever reads that may stop early
-        plot_comparison([SimpleNamespace(**record) for record in records], batch, plot)
+        plot_comparison(records, batch, plot)
         errors.print(f"wrote {plot}", markup=False, highlight=False)
     if as_json:
         _print_json(records)
@@ -431,14 +430,13 @@ def report(
 ) -> int:
     """Tables and plots of what `couplings ablate` recorded, as one HTML page or as Markdown."""
     from couplings.ablation.files import check_target
-    from couplings.report.pages import write
-    from couplings.report.reading import read
+    from couplings.ablation.report import write
 
     page = Path("report.html") if output is None and markdown is None else output
     for path in (page, markdown):
         if path is not None:
             check_target(path, force=force)
-    for path in write(read(records), page, markdown, title, force=force):
+    for path in write(records, page, markdown, title=title, force=force):
         print(path)
     return 0
 

@@ -60,7 +60,8 @@ def cells(records: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         A row for each cell of the grid (each seed is one): the fields of `Point`, ``label`` (the method with its
-        options), and the fields of the last quality and the last time on record; None or NaN where there are none.
+        options), ``title``, and the fields of the last quality and the last time on record; None or NaN where there are
+        none.
     """
     import pandas as pd
 
@@ -71,7 +72,7 @@ def cells(records: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for measured in latest.values():
         point = Point.from_dict(next(iter(measured.values())))
-        row = {**point.to_dict(), "label": point.label, "skipped": None, "error": None}
+        row = {**point.to_dict(), "label": point.label, "title": point.title, "skipped": None, "error": None}
         for record in measured.values():
             row |= {field: value for field, value in record.items() if value is not None}
         rows.append(row)
