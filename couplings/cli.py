@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -155,13 +155,9 @@ def _options(pairs: Sequence[str] | None) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """Read a number, a truth value or None where it looks like one; a string otherwise."""
     constants = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in constants:
-        return constants[text.lower()]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
+    for read in (int, float, constants.__getitem__):
+        with suppress(ValueError, KeyError):
+            return read(text.lower())
     return text
 
 

@@ -35,10 +35,6 @@ def describe() -> dict[str, Any]:
         Plain values: ``couplings``, ``commit`` (of the checkout it is run from, or None), ``python``, ``platform``,
         ``packages`` (name to version), ``optional`` (name to ``version``, None if absent, and the ``extras`` that
         bring it), ``cpu``, ``cpus``, ``threads``, ``cuda``, ``devices`` and ``kernel_cache``.
-
-    Notes
-    -----
-    Imports Numba, and starts CUDA where there is a device.
     """
     brought_by: dict[str, list[str]] = {}
     for extra, packages in _extras().items():
@@ -46,7 +42,6 @@ def describe() -> dict[str, Any]:
             for package in packages:
                 brought_by.setdefault(package, []).append(extra)
     kernel: Any = l1.tiles  # any of them: they are kept in the same folder
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return {
         "couplings": couplings.__version__,
         "commit": _commit(),
@@ -62,14 +57,7 @@ def describe() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "devices": [
-            {
-                "name": device.name,
-                "gigabytes": round(device.total_memory / 1e9, 1),
-                "capability": f"{device.major}.{device.minor}",
-            }
-            for device in devices
-        ],
+        "devices": [_device(i) for i in range(torch.cuda.device_count())],
         "kernel_cache": str(kernel.stats.cache_path) if kernel.stats.cache_path else None,
     }
 
@@ -77,15 +65,7 @@ def describe() -> dict[str, Any]:
 def summary(threads: int | None) -> dict[str, Any]:
     """Describe what measurements run on, without what is nobody else's business, such as folders.
 
-    Parameters
-    ----------
-    threads : int or None
-        Of the processes that are timed; None for PyTorch's own choice.
-
-    Returns
-    -------
-    dict
-        Plain values: the ``environment`` of a record.
+    `threads` are those of the processes that are timed; None for PyTorch's own choice.
     """
     described = describe()
     packages = {**described["packages"], **{name: each["version"] for name, each in described["optional"].items()}}
@@ -100,13 +80,7 @@ def summary(threads: int | None) -> dict[str, Any]:
 
 
 def missing_packages(extra: str) -> list[str]:
-    """List the packages of a method's extra that cannot be imported here, by the names that they are installed by.
-
-    Parameters
-    ----------
-    extra : str
-        One of `MethodInfo.requires`, such as ``"pot"``.
-    """
+    """List the packages of an extra such as ``"pot"`` that cannot be imported here, as they are named for pip."""
     packages = _extras().get(extra, [extra])
     return [package for package in packages if find_spec(_MODULES.get(package.lower(), package)) is None]
 
@@ -149,6 +123,12 @@ def _commit() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):  # installed, or without git
         return None
+
+
+def _device(i: int) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(i)
+    capability = f"{found.major}.{found.minor}"
+    return {"name": found.name, "gigabytes": round(found.total_memory / 1e9, 1), "capability": capability}
 
 
 def _cpu_name() -> str:

@@ -24,13 +24,7 @@ _WITH_KEY = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))}))(
 
 
 def split_key(spec: str) -> tuple[Path, str | None]:
-    """Split ``FILE`` or ``FILE:key``.
-
-    Raises
-    ------
-    ValueError
-        If the file has none of the known suffixes.
-    """
+    """Split ``FILE`` or ``FILE:key``; a ValueError if the file has none of the known suffixes."""
     matched = _WITH_KEY.fullmatch(spec)
     if matched is None:
         msg = f"{spec}: the suffix says the format, and must be one of {', '.join(SUFFIXES)} (FILE or FILE:key)."
@@ -41,17 +35,12 @@ def split_key(spec: str) -> tuple[Path, str | None]:
 
 
 def read_array(spec: str) -> Tensor:
-    """Read one array. Nothing is unpickled: files that hold Python objects are refused.
+    """Read one array onto the CPU. Nothing is unpickled: files that hold Python objects are refused.
 
     Parameters
     ----------
     spec : str
         ``FILE``, or ``FILE:key`` where the file holds several arrays.
-
-    Returns
-    -------
-    Tensor
-        On the CPU, with the dtype of the file.
 
     Raises
     ------
@@ -127,15 +116,7 @@ def _choose(path: Path, names: list[str], key: str | None) -> str:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Check that arrays can be written there, before they are computed.
-
-    Raises
-    ------
-    ValueError
-        For an unknown suffix.
-    OSError
-        As `check_target`.
-    """
+    """Check that arrays can be written there, before they are computed: the suffix, and what `check_target` checks."""
     if path.suffix.lower() not in SUFFIXES:
         msg = f"{path}: the suffix says the format, and must be one of {', '.join(SUFFIXES)}."
         raise ValueError(msg)
@@ -143,13 +124,7 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Check that a file can be put there.
-
-    Raises
-    ------
-    OSError
-        If the folder does not exist, or the file does and `force` is not set.
-    """
+    """Raise an OSError if the folder does not exist, or the file does and `force` is not set."""
     if path.is_dir():
         msg = f"{path}: this is a folder; name a file in it."
         raise IsADirectoryError(msg)
@@ -162,20 +137,12 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor], *, force: bool = False) -> None:
-    """Write arrays under their names; `.npy`, which has no names, takes the first only.
-
-    Parameters
-    ----------
-    path : Path
-        Its suffix says the format.
-    arrays : mapping of str to Tensor
-    force : bool
-        Whether to replace a file.
+    """Write arrays under their names in the format of the suffix; `.npy`, which has no names, takes the first only.
 
     Raises
     ------
     OSError
-        If the file exists, or cannot be written; a file that was there is then still there, unchanged.
+        If the file exists and `force` is not set, or it cannot be written: what was there is then there unchanged.
     TypeError
         If the format has no such dtype.
     """
@@ -205,13 +172,7 @@ def _to_numpy(tensor: Tensor, path: Path) -> Any:
 
 @contextmanager
 def written_atomically(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place once it is complete and on disk.
-
-    Raises
-    ------
-    OSError
-        If `path` exists by then and `force` is not set, or the disk is full. Nothing is left behind.
-    """
+    """Open a file beside `path` that takes its place once it is complete and on disk, as far as `force` allows."""
     target = path.resolve()  # a link is followed, not replaced
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:

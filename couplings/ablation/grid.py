@@ -79,13 +79,7 @@ class Point:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def coupling(self) -> Coupling:
-        """Build the coupling.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For unknown names and options.
-        """
+        """Build the coupling; unknown names and options raise a ValueError or TypeError."""
         return Coupling(self.method, self.metric, self.quantize, self.scope, **self.options)  # type: ignore[arg-type]
 
     @property
@@ -128,10 +122,6 @@ class Point:
 def read_grid(path: Path) -> list[dict[str, Any]]:
     """Read a grid from YAML or JSON: a mapping of axes, or a list of such mappings.
 
-    Parameters
-    ----------
-    path : Path
-
     Raises
     ------
     ImportError
@@ -141,18 +131,13 @@ def read_grid(path: Path) -> list[dict[str, Any]]:
     OSError
         If it cannot be read.
     """
-    text = path.read_text()
+    text, kind = path.read_text(), "JSON" if path.suffix.lower() == ".json" else "YAML"
+    if kind == "YAML":
+        import yaml
     try:
-        if path.suffix.lower() == ".json":
-            value = json.loads(text)
-        else:
-            import yaml
-
-            value = yaml.safe_load(text)
-    except ImportError:
-        raise
+        value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
     except Exception as error:  # each library has its own
-        msg = f"{path}: not valid {'JSON' if path.suffix.lower() == '.json' else 'YAML'}: {error}"
+        msg = f"{path}: not valid {kind}: {error}"
         raise ValueError(msg) from error
     grids = value if isinstance(value, list) else [value]
     if not grids or not all(isinstance(grid, dict) for grid in grids):
@@ -265,8 +250,7 @@ def share_options(methods: Any, options: Mapping[str, Any]) -> list[dict[str, di
 
     Parameters
     ----------
-    methods : sequence of str, or "all"
-        As on the axis ``methods``.
+    methods : list of str, or "all"
     options : mapping
         ``name`` goes to every method that takes it, ``method.name`` to that method.
 

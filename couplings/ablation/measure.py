@@ -42,12 +42,7 @@ _ROWS_TO_SOLVE = 4096
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that couple a batch together, of which this is one; by default it is alone.
-
-    Attributes
-    ----------
-    rank, size : int
-    """
+    """The processes that couple a batch together, of which this is one; by default it is alone."""
 
     rank: int = 0
     size: int = 1
@@ -98,7 +93,7 @@ def obstacle(coupling: Coupling, batch: Batch) -> str | None:
 def quality(
     batch: Batch, coupling: Coupling, seed: int, optimum: Optimum | None, ranks: Ranks = ALONE
 ) -> tuple[Record, Coupled | None]:
-    """Couple once, and measure the pairs.
+    """Couple once, and measure the pairs (on rank 0).
 
     Parameters
     ----------
@@ -108,30 +103,35 @@ def quality(
     seed : int
         Of the generator.
     optimum : (float, (n,) Tensor) or None
-        From `optimum`.
+        From `optimum`; None if it is not known.
     ranks : Ranks
-        Only rank 0 measures.
 
     Returns
     -------
     dict
-        ``noise_rows``: rows of noise that could be chosen from. ``exact``, ``marginal``: what the method declares.
-        ``rows_used``: different rows of noise among the pairs, n for a permutation. ``drift``: of the coupled noise
-        against the noise that was offered, as `couplings.diagnostics.marginal_drift` measures it; zeros where the rows
-        are the same. ``cost``, ``cost_before``, ``reduction``: mean distance of the pairs, after and before, and
-        ``1 - cost / cost_before``. ``gap``: ``(cost - optimum) / |optimum|``, None where it is unknown, or the method
-        chose from more noise than the optimum. ``certified_gap``: the method's own upper bound, for the matrix that it
-        solved (after quantization). ``agreement``: share of rows with the same noise as in the optimum; ties make it
-        less than 1 without a loss. ``notes``: warnings that were logged. ``skipped``, ``error``: why there is no
-        result.
+        - ``noise_rows``: rows of noise that could be chosen from.
+        - ``exact``, ``marginal``: what the method declares.
+        - ``rows_used``: different rows of noise among the pairs, n for a permutation.
+        - ``drift``: of the coupled noise against the noise that was offered, as `couplings.diagnostics.marginal_drift`
+          measures it; zeros where the rows are the same.
+        - ``cost``, ``cost_before``, ``reduction``: mean distance of the pairs, after and before.
+        - ``gap``: ``(cost - optimum) / |optimum|``; None where it is unknown, or the method chose from more noise.
+        - ``certified_gap``: the method's own upper bound, for the matrix that it solved (after quantization).
+        - ``agreement``: share of rows with the same noise as in the optimum; ties make it less than 1 without a loss.
+        - ``notes``: warnings that were logged. ``skipped``, ``error``: why there is no result.
     Coupled or None
         The pairs of all ranks; None where the method was skipped or failed.
     """
     info = find(coupling.method).info
+    measured = ("rows_used", "drift", "cost", "cost_before", "reduction", "gap", "certified_gap", "agreement")
     record: Record = {
-        **{"noise_rows": len(_offered(batch, coupling)), "exact": info.exact, "marginal": info.marginal},
-        **dict.fromkeys(("rows_used", "drift", "cost", "cost_before", "reduction", "gap", "certified_gap")),
-        **{"agreement": None, "notes": [], "skipped": obstacle(coupling, batch), "error": None},
+        "noise_rows": len(_offered(batch, coupling)),
+        "exact": info.exact,
+        "marginal": info.marginal,
+        **dict.fromkeys(measured),
+        "notes": [],
+        "skipped": obstacle(coupling, batch),
+        "error": None,
     }
     if record["skipped"] is not None:
         return record, None
@@ -139,15 +139,14 @@ def quality(
         try:
             coupled = ranks.join(_couple(batch, coupling, seed, ranks))
         except Exception as error:  # whatever a method raises belongs in its record: the others' results stand
-            record["error"], coupled = said(error), None
+            record["error"], coupled = _said(error), None
     record["notes"] = list(dict.fromkeys(note.getMessage() for note in notes))
     if coupled is not None and ranks.rank == 0:
         record |= _pairs(batch, coupling, coupled, optimum)
     return record, coupled
 
 
-def said(error: BaseException) -> str:
-    """Return an error as it is recorded."""
+def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -187,16 +186,21 @@ def _pairs(batch: Batch, coupling: Coupling, coupled: Coupled, optimum: Optimum 
     if used != len(noise) or not torch.equal(coupled.noise, noise[coupled.index]):
         moved = asdict(marginal_drift(coupled.noise, noise))
         drift = {name: _finite(moved[name]) for name in drift}
-    record = {
-        **{"marginal": coupled.marginal, "rows_used": used, "drift": drift, "certified_gap": _finite(coupled.gap)},
-        **{"cost": distance.after, "cost_before": distance.before, "reduction": distance.reduction},
+    record: Record = {
+        "marginal": coupled.marginal,
+        "rows_used": used,
+        "drift": drift,
+        "cost": distance.after,
+        "cost_before": distance.before,
+        "reduction": distance.reduction,
+        "certified_gap": _finite(coupled.gap),
     }
     if optimum is not None and len(noise) == n:
         least, index = optimum
         excess = distance.after - least
         if coupled.marginal == "permutation":
             excess = max(0.0, excess)  # below the optimum by rounding only
-        record["gap"] = _finite(excess / abs(least) if least else math.copysign(math.inf, excess) if excess else 0.0)
+        record["gap"] = excess / abs(least) if least else None if excess else 0.0
         record["agreement"] = float((coupled.index == index.to(coupled.index.device)).double().mean())
     return record
 
@@ -208,37 +212,20 @@ def _finite(value: float | None) -> float | None:
 
 @lru_cache(maxsize=16)
 def optimum(batch: Batch, metric: str) -> Optimum:
-    """Find the least mean distance over all permutations, and the rows that reach it.
-
-    Parameters
-    ----------
-    batch : Batch
-    metric : str
-    """
+    """Find the least mean distance over all permutations, and the ``(n,)`` rows of noise that reach it."""
     data, noise = batch.data, batch.noise[: len(batch.data)]
     coupled = Coupling("auction", metric)(data, noise, condition=batch.condition)
     return distance_reduction(data, noise, coupled.noise, metric=metric).after, coupled.index
 
 
 def timing(batch: Batch, coupling: Coupling, seed: int, repeats: int, ranks: Ranks = ALONE) -> Record:
-    """Time a coupling.
-
-    Parameters
-    ----------
-    batch : Batch
-    coupling : Coupling
-        Called before: the first call of a method compiles or imports.
-    seed : int
-    repeats : int
-        Calls, fewer where they take longer than ten seconds in all.
-    ranks : Ranks
-        The slowest counts.
+    """Time a coupling that has been called before, on the slowest rank.
 
     Returns
     -------
     dict
         ``seconds`` and ``seconds_iqr``, the median and the range of the middle half; ``phases``, median seconds by
-        phase; ``repeats``.
+        phase; ``repeats``, as many as asked unless they take longer than ten seconds in all.
     """
     totals: list[float] = []
     phases: list[Mapping[str, float]] = []
@@ -272,45 +259,38 @@ def _seconds(call: Callable[[], Coupled]) -> tuple[Mapping[str, float], float]:
 def compare(
     batch: Batch, points: Sequence[Point], *, repeats: int = 5, on_start: Callable[[int], None] = lambda done: None
 ) -> list[Record]:
-    """Measure cells on one batch, in this process.
+    """Measure couplings on one batch, in this process.
 
     Parameters
     ----------
     batch : Batch
     points : sequence of Point
-        Of the local scope. Those with another batch are measured on this one all the same.
+        Their method, metric, quantizer, options and seed count; what they say of the batch does not.
     repeats : int
-        Timed calls of each, fewer for those that take longer than ten seconds in all.
+        Timed calls of each; one call before them is not timed.
     on_start : callable
-        Called before each point with the number of those that are done.
+        Called before each with the number of those that are done.
 
     Returns
     -------
     list of dict
         In the order of `points`: ``data``, ``seed``, ``method``, ``metric``, ``quantize``, ``options``, ``n``, and what
         `quality` and `timing` tell.
-
-    Notes
-    -----
-    Call `couplings.warmup` first: compiling takes longer than coupling.
     """
     solve = len(batch.data) <= _ROWS_TO_SOLVE or any(find(point.method).info.exact for point in points)
     records: list[Record] = []
     for point in points:
         on_start(len(records))
         coupling = point.coupling()
-        least = optimum(batch, point.metric) if solve else None
-        pairs, coupled = quality(batch, coupling, point.seed, least)
-        record = {
-            **{"data": batch.name, "seed": point.seed, "method": point.method, "metric": point.metric},
-            **{"quantize": point.quantize, "options": dict(point.options), "n": len(batch.data), **pairs},
-            **{"seconds": None, "seconds_iqr": None, "phases": None, "repeats": 0},
-        }
+        pairs, coupled = quality(batch, coupling, point.seed, optimum(batch, point.metric) if solve else None)
+        record = {"data": batch.name, "seed": point.seed} | coupling.to_dict() | {"n": len(batch.data)} | pairs
+        record |= {"seconds": None, "seconds_iqr": None, "phases": None, "repeats": 0}
+        del record["scope"]
         if coupled is not None:
             try:
                 record |= timing(batch, coupling, point.seed, repeats)
             except Exception as error:  # as in `quality`
-                record["error"] = said(error)
+                record["error"] = _said(error)
         records.append(record)
     return records
 
@@ -337,47 +317,30 @@ class Measurer:
     repeats : int
         Timed calls of a cell.
     ranks : Ranks
-        Every rank is called with the same cells; the records are those of rank 0.
+        Every rank is given the same cells; the records are those of rank 0.
     """
 
     def __init__(self, device: str, repeats: int, ranks: Ranks = ALONE) -> None:
         self.device, self.repeats, self.ranks = device, repeats, ranks
 
     def measure(self, point: Point, tasks: Sequence[str]) -> dict[str, Record]:
-        """Measure a cell.
-
-        Parameters
-        ----------
-        point : Point
-        tasks : sequence of str
-            ``"quality"``, ``"time"`` or both; there is no time where there is no quality.
-
-        Returns
-        -------
-        dict
-            The records by task.
-        """
+        """Return the records of a cell by task: ``"quality"``, ``"time"``; no time where there is no quality."""
         found = {}
         for task in tasks:
             try:
                 found[task] = self.quality(point) if task == "quality" else self.time(point)
             except Exception as error:  # as in `quality`: the others' results stand
-                found[task] = point.to_dict() | {"error": said(error)}
+                found[task] = point.to_dict() | {"error": _said(error)}
             if found[task].get("skipped") or found[task].get("error"):
                 break
         return found
 
     def _batch(self, point: Point) -> tuple[Source, Batch]:
-        return _drawn(
-            point.data, point.labels, point.rows, point.seed, point.candidates, point.condition, self.device
-        )  # fmt: skip
+        origin = (point.data, point.labels, point.rows, point.seed, point.candidates, point.condition)
+        return _drawn(*origin, self.device)
 
     def quality(self, point: Point) -> Record:
         """Measure the pairs.
-
-        Parameters
-        ----------
-        point : Point
 
         Returns
         -------
@@ -387,31 +350,25 @@ class Measurer:
             and ``reduction_lost``.
         """
         source, batch = self._batch(point)
-        known = len(batch.data) <= _ROWS_TO_SOLVE and self.ranks.rank == 0
-        least = optimum(batch, point.metric) if known else None
+        n, first = len(batch.data), self.ranks.rank == 0
+        least = optimum(batch, point.metric) if first and n <= _ROWS_TO_SOLVE else None
         record, coupled = quality(batch, point.coupling(), point.seed, least, self.ranks)
         unrounded = None
         if point.quantize is not None and coupled is not None:
             plain = replace(point, quantize=None).coupling()
             with _logged():
                 unrounded = self.ranks.join(_couple(batch, plain, point.seed, self.ranks))
-        if coupled is not None and self.ranks.rank == 0:
+        if coupled is not None and first:
             record["leakage"] = None if batch.labels is None else _leakage(coupled.noise, batch.labels, batch.data)
             if unrounded is not None:
                 record["rows_changed"] = float((unrounded.index != coupled.index).double().mean())
-                before = batch.noise[: len(batch.data)]
-                reached = distance_reduction(batch.data, before, unrounded.noise, metric=point.metric)
+                reached = distance_reduction(batch.data, batch.noise[:n], unrounded.noise, metric=point.metric)
                 record["reduction_lost"] = reached.reduction - record["reduction"]
-        head = {"digest": source.digest, "shape": list(batch.data.shape[1:]), "rows": len(batch.data)}
+        head = {"digest": source.digest, "shape": list(batch.data.shape[1:]), "rows": n}
         return point.to_dict() | head | record
 
     def time(self, point: Point) -> Record:
-        """Measure time and memory.
-
-        Parameters
-        ----------
-        point : Point
-            One that `quality` could measure.
+        """Measure time and memory of a cell that `quality` could measure.
 
         Returns
         -------

@@ -12,7 +12,7 @@ from couplings.ablation.environment import summary
 from couplings.ablation.grid import Point
 from couplings.ablation.records import Log
 from couplings.ablation.sources import open_source
-from couplings.ablation.workers import Settings, World, side_by_side
+from couplings.ablation.workers import Settings, measure
 
 __all__ = ["Outcome", "run"]
 
@@ -63,8 +63,8 @@ def run(
 ) -> Outcome:
     """Measure the cells that are not on record.
 
-    Qualities are measured side by side. Times are measured after them, by one process at a time, so that nothing of
-    ours disturbs them; the ranks of the global scope likewise.
+    Qualities are measured side by side, in `jobs` processes. Times are measured after them, by one process at a time,
+    so that nothing of ours disturbs them; the ranks of the global scope likewise.
 
     Parameters
     ----------
@@ -74,7 +74,6 @@ def run(
         JSONL file of the records, which are added as cells finish.
     settings : Settings
     jobs : int
-        Processes for qualities.
     times : bool
         Measure times and memory too.
     restart : bool
@@ -83,11 +82,6 @@ def run(
         How to do it again, for the record.
     on_progress : callable
         Called as measurements finish.
-
-    Raises
-    ------
-    ValueError, TypeError, OSError, RuntimeError
-        If a file cannot be read, or `output` not written.
     """
     digests = _check_sources(points)
     tasks = ["quality", "time"] if times else ["quality"]
@@ -129,18 +123,16 @@ def run(
             on_progress(outcome)
 
         local = [point for point in points if point.scope == "local"]
-        first = [point for point in local if "quality" in todo[point.key]]
-        for point, answer in side_by_side([list(group) for _, group in groupby(first, _batch)], settings, jobs):
+        batches = groupby((point for point in local if "quality" in todo[point.key]), _batch)
+        for point, answer in measure([list(group) for _, group in batches], ["quality"], settings, jobs=jobs):
             keep(point, answer)
-        with World(["time"], settings, settings.threads) as alone:
-            for point in local:
-                if "time" in todo[point.key]:
-                    keep(point, alone.measure(point))
+        timed = [[point] for point in local if "time" in todo[point.key]]
+        for point, answer in measure(timed, ["time"], settings, threads=settings.threads):
+            keep(point, answer)
         together = sorted((p for p in points if p.scope == "global" and todo[p.key]), key=lambda point: point.ranks)
         for ranks, group in groupby(together, lambda point: point.ranks):
-            with World(tasks, settings, threads=1, ranks=ranks) as world:
-                for point in group:
-                    keep(point, world.measure(point))
+            for point, answer in measure([list(group)], tasks, settings, ranks=ranks):
+                keep(point, answer)
     return outcome
 
 

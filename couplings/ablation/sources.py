@@ -57,13 +57,7 @@ class Batch:
         couple(self.data, self.noise, "nearest")  # refuses what no method could couple, and takes k * n rows
 
     def to(self, device: str) -> Batch:
-        """Move it to a device.
-
-        Raises
-        ------
-        RuntimeError
-            If there is no such device.
-        """
+        """Move it to a device; a RuntimeError if there is none."""
         if device == "cpu":
             return self
         try:
@@ -95,21 +89,12 @@ class Source:
     labels: Tensor | None = None
 
     def batch(self, n: int, seed: int, candidates: int = 1, condition: str | None = None) -> Batch:
-        """Draw data and noise; the first n rows of the noise do not depend on the candidates.
-
-        Parameters
-        ----------
-        n : int
-        seed : int
-        candidates : int
-            Rows of noise for each row of data.
-        condition : str or None
-            ``"class"``: the batch is conditioned on its classes.
+        """Draw data and `candidates` rows of noise for each; the first n rows of noise do not depend on their number.
 
         Raises
         ------
         ValueError
-            If a file has fewer rows, or no classes to condition on.
+            If a file has fewer rows, or no classes although ``condition="class"``.
         """
         generator = torch.Generator().manual_seed(seed)
         labels: Tensor | None
@@ -136,12 +121,7 @@ def open_source(name: str, labels: str | None = None) -> Source:
     name : str
         One of `BUILT_IN`, or an array as `couplings.ablation.files.read_array` takes it.
     labels : str, optional
-        The classes of a file's rows.
-
-    Raises
-    ------
-    ValueError, TypeError, OSError
-        If a file cannot be read or holds no batch of floating rows.
+        The same, for the classes of a file's rows.
     """
     if name in BUILT_IN:
         return Source(name)
@@ -178,11 +158,6 @@ def first_batch(data: str | None, noise: str | None, n: int | None, seed: int) -
         Rows; None for all of a file, or 256 crops.
     seed : int
         Of what is drawn.
-
-    Raises
-    ------
-    ValueError, TypeError, OSError
-        If a file cannot be read, has fewer rows, or the two cannot be coupled.
     """
     if data is None:
         return replace(Source("crops32").batch(n or 256, seed, CANDIDATES), name="built-in image crops")
@@ -256,8 +231,10 @@ def photo_crops(n: int, size: int, generator: torch.Generator) -> tuple[Tensor, 
 
     Returns
     -------
-    (n, 3, size, size) float32 Tensor, (n,) int64 Tensor
-        Values in [-1, 1], and which of the photographs each is from.
+    (n, 3, size, size) float32 Tensor
+        Values in [-1, 1].
+    (n,) int64 Tensor
+        Which of the photographs each is from.
     """
     photos = _photographs()
     positions = [(photo.shape[0] - size + 1, photo.shape[1] - size + 1) for photo in photos]

@@ -24,12 +24,7 @@ def _table(title: str) -> Table:
 
 
 def methods_table(infos: Iterable[MethodInfo]) -> Table:
-    """One row for each method.
-
-    Parameters
-    ----------
-    infos : iterable of MethodInfo
-    """
+    """One row for each method."""
     table = _table("")
     for name in ("method", "exact", "marginal", "needs", "extra", "summary"):
         table.add_column(name, no_wrap=name != "summary", overflow="fold")
@@ -45,13 +40,7 @@ def methods_table(infos: Iterable[MethodInfo]) -> Table:
 
 
 def environment_lines(described: Mapping[str, Any]) -> list[str]:
-    """Plain lines, ``name  value``, that survive being pasted anywhere.
-
-    Parameters
-    ----------
-    described : mapping
-        From `couplings.ablation.environment.describe`.
-    """
+    """Plain lines of what `environment.describe` returns, ``name  value``, that survive being pasted anywhere."""
     checkout = f", checkout at {described['commit']}" if described["commit"] else ""
     rows = {
         "couplings": f"{described['couplings']}{checkout}",
@@ -73,18 +62,9 @@ def environment_lines(described: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_tables(records: Sequence[Record], batch: Batch) -> list[Table]:
-    """One row for each cell, and a table for each metric and quantizer if there are several methods to list in it.
+    """Tables of what `measure.compare` returns, one for each metric and quantizer if there are several methods in it.
 
-    Parameters
-    ----------
-    records : sequence of dict
-        From `couplings.ablation.measure.compare`.
-    batch : Batch
-
-    Returns
-    -------
-    list of Table
-        Narrow enough for 80 columns.
+    They are narrow enough for 80 columns.
     """
     n, *shape = batch.data.shape
     title = f"{n} rows of {batch.name}, {'x'.join(map(str, shape))}"
@@ -152,16 +132,7 @@ def _marginal(record: Record) -> str:
 
 
 def comparison_footnotes(records: Sequence[Record], batch: Batch, threads: int) -> list[str]:
-    """Lines that a reader needs in order to read the tables.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        From `couplings.ablation.measure.compare`.
-    batch : Batch
-    threads : int
-        Threads that torch used.
-    """
+    """Lines that a reader needs in order to read the tables; `threads` are those that torch used."""
     done = [record for record in records if record["seconds"] is not None]
     repeats = sorted({record["repeats"] for record in done}) or [0]
     runs = f"{repeats[0]}" if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"

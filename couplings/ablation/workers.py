@@ -12,7 +12,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -21,7 +22,7 @@ from typing import Any
 
 from couplings.ablation.grid import Point
 
-__all__ = ["Settings", "World", "side_by_side"]
+__all__ = ["Settings", "World", "measure"]
 
 Record = dict[str, Any]
 
@@ -51,19 +52,9 @@ class Settings:
 
 
 class World:
-    """One process, or as many as a group has ranks; started when the first cell is given.
+    """One process, or as many as a group has ranks; started when the first cell is given."""
 
-    Parameters
-    ----------
-    tasks : sequence of str
-        What it measures of a cell: ``"quality"``, ``"time"`` or both.
-    settings : Settings
-    threads : int or None
-        Of each process.
-    ranks : int
-    """
-
-    def __init__(self, tasks: Sequence[str], settings: Settings, threads: int | None, ranks: int = 1) -> None:
+    def __init__(self, tasks: Sequence[str], settings: Settings, threads: int | None, ranks: int) -> None:
         self.tasks, self.settings, self.threads, self.ranks = tasks, settings, threads, ranks
         self._processes: list[Any] = []
         self.pipes: list[Connection] = []
@@ -101,18 +92,13 @@ class World:
             self._folder.cleanup()
         self._processes, self.pipes = [], []
 
-    def __enter__(self) -> World:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
     def begin(self, point: Point) -> None:
         """Give the processes a cell to measure."""
         if not self._processes:
             self._start()
         for pipe in self.pipes:
-            pipe.send(point)
+            with suppress(ConnectionError):  # a process that has ended is noticed by who waits for its answer
+                pipe.send(point)
         self._deadline = time.monotonic() + self.settings.timeout
 
     @property
@@ -136,32 +122,34 @@ class World:
             return {self.tasks[0]: point.to_dict() | {"error": error}}
         return answers[0]
 
-    def measure(self, point: Point) -> dict[str, Record]:
-        """Measure one cell."""
-        self.begin(point)
-        return self.answer(point)
 
-
-def side_by_side(
-    groups: Sequence[Sequence[Point]], settings: Settings, jobs: int
+def measure(
+    groups: Iterable[Sequence[Point]],
+    tasks: Sequence[str],
+    settings: Settings,
+    *,
+    threads: int | None = 1,
+    jobs: int = 1,
+    ranks: int = 1,
 ) -> Iterator[tuple[Point, dict[str, Record]]]:
-    """Measure qualities in several processes.
+    """Measure cells in other processes, and hand out their records as they are finished.
 
     Parameters
     ----------
-    groups : sequence of sequences of Point
-        A group couples the same batch, and is measured by one process.
+    groups : iterable of sequences of Point
+        A group couples the same batch, and is measured by one worker.
+    tasks : sequence of str
+        What is measured of a cell: ``"quality"``, ``"time"`` or both.
     settings : Settings
+    threads : int or None
+        Of each process: with one, those side by side do not wait for each other.
     jobs : int
-        Processes, of one thread each: several threads would wait for each other on a machine that is busy.
-
-    Yields
-    ------
-    Point, dict
-        As they are finished.
+        Workers side by side.
+    ranks : int
+        Processes of each worker.
     """
     waiting = [list(group) for group in groups]
-    worlds = [World(["quality"], settings, threads=1) for _ in range(min(jobs, len(waiting)))]
+    worlds = [World(tasks, settings, threads, ranks) for _ in range(min(jobs, len(waiting)))]
     busy: dict[World, list[Point]] = {}
     try:
         for world in worlds:

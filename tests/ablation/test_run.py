@@ -13,7 +13,7 @@ from couplings.ablation.grid import Point, points
 from couplings.ablation.measure import Measurer
 from couplings.ablation.records import read_lines
 from couplings.ablation.run import run
-from couplings.ablation.workers import Settings, World
+from couplings.ablation.workers import Settings, World, measure
 from couplings.cli import main
 
 
@@ -53,9 +53,8 @@ def test_ranks_together_make_the_pairs_of_one_process_with_all_rows(tmp_path):
         points([{**grid, "n": n, "scopes": scope}]) for n, scope in ((24, "local"), (12, "global"))
     )
     expected = Measurer("cpu", 1).quality(alone)
-    with World(["quality", "time"], Settings(repeats=2), 1, ranks=2) as world:
-        answer = world.measure(together)
-        skipped = world.measure(chooses)
+    answers = measure([[together, chooses]], ["quality", "time"], Settings(repeats=2), ranks=2)
+    (_, answer), (_, skipped) = answers
     for name in ("cost", "cost_before", "agreement", "rows_changed", "rows", "leakage"):
         assert answer["quality"][name] == expected[name], name
     assert answer["time"]["ms"] > 0
@@ -65,12 +64,20 @@ def test_ranks_together_make_the_pairs_of_one_process_with_all_rows(tmp_path):
 
 def test_a_worker_that_dies_or_hangs_is_the_result_of_its_cell():
     (cell,) = points([{"n": 8, "methods": "auction", "seeds": [0]}])
-    with World(["quality"], Settings(), 1) as world:
-        assert world.measure(cell)["quality"]["error"] is None
+    world = World(["quality"], Settings(), 1, 1)
+
+    def answer():
+        world.begin(cell)
+        return world.answer(cell)["quality"]["error"]
+
+    try:
+        assert answer() is None
         os.kill(world._processes[0].pid, signal.SIGKILL)
-        assert "its process ended (exit code -9)" in world.measure(cell)["quality"]["error"]
+        assert "its process ended (exit code -9)" in answer()
         world.settings = Settings(timeout=0.0)
-        assert "did not finish" in world.measure(cell)["quality"]["error"]
+        assert "did not finish" in answer()
+    finally:
+        world.end()
 
 
 def test_cells_that_failed_are_tried_again_and_have_no_time(tmp_path, monkeypatch):
@@ -78,17 +85,16 @@ def test_cells_that_failed_are_tried_again_and_have_no_time(tmp_path, monkeypatc
     reasons = iter(["out of luck", None])
     timed = []
 
-    def side_by_side(groups, settings, jobs):
+    def measure(groups, tasks, settings, **_):
         for cell in (cell for group in groups for cell in group):
-            reason = next(reasons, None) if cell.method == "greedy" else None
-            yield cell, {"quality": cell.to_dict() | {"digest": None, "error": reason}}
+            if tasks == ["quality"]:
+                reason = next(reasons, None) if cell.method == "greedy" else None
+                yield cell, {"quality": cell.to_dict() | {"digest": None, "error": reason}}
+            else:
+                timed.append(cell.method)
+                yield cell, {"time": cell.to_dict() | {"ms": 1.0}}
 
-    def measure(world, cell):
-        timed.append(cell.method)
-        return {"time": cell.to_dict() | {"ms": 1.0}}
-
-    monkeypatch.setattr(running, "side_by_side", side_by_side)
-    monkeypatch.setattr(World, "measure", measure)
+    monkeypatch.setattr(running, "measure", measure)
     path = tmp_path / "out.jsonl"
     first = run(cells, path, Settings(), jobs=1)
     assert list(first.failed.values()) == ["out of luck"]
