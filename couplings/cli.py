@@ -169,9 +169,11 @@ def _option(metavar: str, text: str, *flags: str, **settings: Any) -> Any:
     return typer.Option(*flags, metavar=metavar, help=text, **settings)
 
 
-def _axis(text: str, *flags: str, metavar: str = "A,B", parser: Callable[[str], List] = _names) -> Any:
-    panel = "Axes, with commas between their values"
-    return typer.Option(*flags, metavar=metavar, help=text, parser=parser, rich_help_panel=panel)
+_AXES = "Axes, with commas between their values"
+
+
+def _axis(text: str, *flags: str, parser: Callable[[str], List] = _names) -> Any:
+    return _option("A,B", text, *flags, parser=parser, rich_help_panel=_AXES)
 
 
 _ARRAY = "An array: .npy, .npz, .pt or .safetensors; FILE:key where a file holds several."
@@ -182,8 +184,8 @@ Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and no
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Repeats = Annotated[int, _option("N", "Timed calls, fewer beyond ten seconds.", min=1)]
 Device = Annotated[str, _option("NAME", "Where the batches lie, such as cuda.")]
-Metrics = Annotated[List | None, _option("A,B", f"all, or some of {_METRICS}; by default sqeuclidean.", parser=_names)]
-Quantizers = Annotated[List | None, _option("A,B", f"all, or some of {_QUANTIZERS}; by default none.", parser=_names)]
+Metrics = Annotated[List | None, _axis(f"all, or some of {_METRICS}; by default sqeuclidean.")]
+Quantizers = Annotated[List | None, _axis(f"all, or some of {_QUANTIZERS}; by default none.")]
 
 
 # --- the commands
@@ -271,7 +273,7 @@ def couple(
 def compare(
     data: Annotated[str | None, _argument("DATA", _ARRAY)] = None,
     noise: Annotated[str | None, _argument("NOISE", "Its noise, n or k * n rows; without it, Gaussian.")] = None,
-    methods: Annotated[List | None, _option("A,B", "By default all that can run here.", parser=_names)] = None,
+    methods: Annotated[List | None, _axis("By default all that can run here.")] = None,
     metrics: Metrics = None,
     quantizers: Quantizers = None,
     n: Annotated[int | None, _option("ROWS", "First rows of DATA, by default all; or crops, 256.", "-n", min=1)] = None,
@@ -348,7 +350,7 @@ def ablate(
         "ablation.jsonl"
     ),
     data: Annotated[List | None, _axis("crops32, crops64, latents, or files of arrays; by default crops32.")] = None,
-    labels: Annotated[str | None, _option("FILE", "Classes of a file's rows.")] = None,
+    labels: Annotated[str | None, _option("FILE", "Classes of the rows of a file.", rich_help_panel=_AXES)] = None,
     n: Annotated[List | None, _axis("Rows on each rank; by default 128,256,512,1024.", "-n", parser=_numbers)] = None,
     methods: Annotated[List | None, _axis("As sinkhorn:reg=0.1,nearest:k=4; by default all.", parser=_methods)] = None,
     metrics: Metrics = None,
@@ -368,8 +370,7 @@ def ablate(
 ) -> int:
     """Quality and time over a grid of methods, metrics, quantizers, batch sizes and scopes.
 
-    A run that was stopped continues: finished cells are not measured again. `couplings report` makes tables and plots
-    of the records.
+    A run that was stopped continues: what is finished is kept. `couplings report` makes pages of the records.
     """
     import torch
     from rich.console import Console

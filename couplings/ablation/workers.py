@@ -22,7 +22,7 @@ from typing import Any
 
 from couplings.ablation.grid import Point
 
-__all__ = ["Settings", "World", "measure"]
+__all__ = ["Settings", "Worker", "measure"]
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Settings:
     timeout: float = 600.0
 
 
-class World:
+class Worker:
     """One process, or as many as a group has ranks; started when the first cell is given."""
 
     def __init__(self, tasks: Sequence[str], settings: Settings, threads: int | None, ranks: int) -> None:
@@ -76,11 +76,14 @@ class World:
             self._processes.append(process)
             self.pipes.append(ours)
         for pipe in self.pipes:
-            if not pipe.poll(_READY):
+            try:
+                ready = pipe.poll(_READY) and pipe.recv()
+            except EOFError:
+                ready = False
+            if not ready:
                 self.end()
-                msg = f"a worker was not ready after {_READY:.0f} s"
+                msg = f"a worker ended while it was starting, or was not ready after {_READY:.0f} s"
                 raise RuntimeError(msg)
-            pipe.recv()
 
     def end(self) -> None:
         """End the processes."""
@@ -149,29 +152,29 @@ def measure(
         Processes of each worker.
     """
     waiting = [list(group) for group in groups]
-    worlds = [World(tasks, settings, threads, ranks) for _ in range(min(jobs, len(waiting)))]
-    busy: dict[World, list[Point]] = {}
+    workers = [Worker(tasks, settings, threads, ranks) for _ in range(min(jobs, len(waiting)))]
+    busy: dict[Worker, list[Point]] = {}
     try:
-        for world in worlds:
-            busy[world] = waiting.pop(0)
-            world.begin(busy[world][0])
+        for worker in workers:
+            busy[worker] = waiting.pop(0)
+            worker.begin(busy[worker][0])
         while busy:
-            pipes: dict[Any, World] = {world.pipes[0]: world for world in busy}
-            ready = wait(list(pipes), min(world.left for world in busy))
+            pipes: dict[Any, Worker] = {worker.pipes[0]: worker for worker in busy}
+            ready = wait(list(pipes), min(worker.left for worker in busy))
             # One that is late is asked too, and says so.
-            for world in [pipes[pipe] for pipe in ready] or [world for world in busy if not world.left]:
-                point = busy[world].pop(0)
-                answer = world.answer(point)
-                if not busy[world] and waiting:
-                    busy[world] = waiting.pop(0)
-                if busy[world]:
-                    world.begin(busy[world][0])  # before the answer is dealt with
+            for worker in [pipes[pipe] for pipe in ready] or [worker for worker in busy if not worker.left]:
+                point = busy[worker].pop(0)
+                answer = worker.answer(point)
+                if not busy[worker] and waiting:
+                    busy[worker] = waiting.pop(0)
+                if busy[worker]:
+                    worker.begin(busy[worker][0])  # before the answer is dealt with
                 else:
-                    del busy[world]
+                    del busy[worker]
                 yield point, answer
     finally:
-        for world in worlds:
-            world.end()
+        for worker in workers:
+            worker.end()
 
 
 def _serve(

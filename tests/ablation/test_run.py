@@ -13,7 +13,7 @@ from couplings.ablation.grid import Point, points
 from couplings.ablation.measure import Measurer
 from couplings.ablation.records import read_lines
 from couplings.ablation.run import run
-from couplings.ablation.workers import Settings, World, measure
+from couplings.ablation.workers import Settings, Worker, measure
 from couplings.cli import main
 
 
@@ -64,20 +64,20 @@ def test_ranks_together_make_the_pairs_of_one_process_with_all_rows(tmp_path):
 
 def test_a_worker_that_dies_or_hangs_is_the_result_of_its_cell():
     (cell,) = points([{"n": 8, "methods": "auction", "seeds": [0]}])
-    world = World(["quality"], Settings(), 1, 1)
+    worker = Worker(["quality"], Settings(), 1, 1)
 
     def answer():
-        world.begin(cell)
-        return world.answer(cell)["quality"]["error"]
+        worker.begin(cell)
+        return worker.answer(cell)["quality"]["error"]
 
     try:
         assert answer() is None
-        os.kill(world._processes[0].pid, signal.SIGKILL)
+        os.kill(worker._processes[0].pid, signal.SIGKILL)
         assert "its process ended (exit code -9)" in answer()
-        world.settings = Settings(timeout=0.0)
+        worker.settings = Settings(timeout=0.0)
         assert "did not finish" in answer()
     finally:
-        world.end()
+        worker.end()
 
 
 def test_cells_that_failed_are_tried_again_and_have_no_time(tmp_path, monkeypatch):
