@@ -86,12 +86,7 @@ def run(
     digests = _check_sources(points)
     tasks = ["quality", "time"] if times else ["quality"]
     with Log(output, restart=restart) as log:
-        done = _finished(log.records, digests)
-        todo = {point.key: [task for task in tasks if (task, point.key) not in done] for point in points}
-        for point in points:
-            # A time goes with its quality, and ranks measure both at once.
-            if "quality" in todo[point.key] or (todo[point.key] and point.scope == "global"):
-                todo[point.key] = list(tasks)
+        todo = _todo(points, tasks, _finished(log.records, digests))
         wanted = [(point, task) for point in points for task in todo[point.key]]
         outcome = Outcome(
             kept=len(points) * len(tasks) - len(wanted),
@@ -142,10 +137,9 @@ def _check_sources(points: Sequence[Point]) -> dict[Any, str | None]:
     for data, labels in dict.fromkeys((point.data, point.labels) for point in points):
         source = open_source(data, labels)
         digests[data, labels] = source.digest
-        if source.rows is not None:
-            for point in points:
-                if (point.data, point.labels) == (data, labels):
-                    source.batch(point.rows, point.seed, 1, point.condition)
+        drawn = {(p.rows, p.seed, p.condition) for p in points if (p.data, p.labels) == (data, labels)}
+        for rows, seed, condition in drawn if source.rows is not None else ():
+            source.batch(rows, seed, condition=condition)
     return digests
 
 
@@ -158,6 +152,17 @@ def _finished(records: Sequence[Record], digests: dict[Any, str | None]) -> set[
             if same:
                 found.add((record["task"], Point.from_dict(record).key))
     return found
+
+
+def _todo(points: Sequence[Point], tasks: Sequence[str], done: set[tuple[str, str]]) -> dict[str, list[str]]:
+    """Tasks that are not done, by the key of the cell."""
+    todo = {}
+    for point in points:
+        missing = [task for task in tasks if (task, point.key) not in done]
+        # A time goes with its quality, and ranks measure both at once.
+        both = "quality" in missing or (missing and point.scope == "global")
+        todo[point.key] = list(tasks) if both else missing
+    return todo
 
 
 def _batch(point: Point) -> tuple[Any, ...]:
