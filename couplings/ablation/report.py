@@ -7,19 +7,13 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-try:
-    import jinja2  # noqa: F401 - of pages
-    import matplotlib as mpl  # noqa: F401 - of plots
-    import pandas as pd
-except ImportError as error:
-    msg = f"a report needs the package {error.name}, which is not installed. Type: pip install 'couplings[ablate]'"
-    raise ImportError(msg) from error
+import pandas as pd
 
 from couplings.ablation import pages, plots, records
+from couplings.ablation.files import written_atomically
 from couplings.ablation.pages import Section, Table, mean_and_spread, table_by
 from couplings.ablation.significance import TEST
 from couplings.ablation.sources import BUILT_IN
-from couplings.files import written_atomically
 
 __all__ = ["prepare", "sections", "table_3", "write"]
 
