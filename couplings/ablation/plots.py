@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from couplings.ablation.files import written_atomically
+from couplings.ablation.sources import Batch
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from couplings.ablation.sources import Batch
 
 __all__ = ["Figure", "check_plot", "figure_bytes", "lines", "pareto", "plot_comparison"]
 
@@ -229,10 +228,8 @@ def check_plot(path: Path) -> None:
 
     Raises
     ------
-    ImportError
-        If Matplotlib is not installed.
     ValueError
-        If it has no such format.
+        If Matplotlib has no such format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -248,7 +245,7 @@ def plot_comparison(records: Sequence[Mapping[str, Any]], batch: Batch, path: Pa
     Parameters
     ----------
     records : sequence of dict
-        From `couplings.ablation.measure.compare`. Those without a result are left out.
+        From `couplings.ablation.measure.compare`; those without a result are left out.
     batch : Batch
     path : Path
         Its suffix says the format.
@@ -262,17 +259,13 @@ def plot_comparison(records: Sequence[Mapping[str, Any]], batch: Batch, path: Pa
     from matplotlib import figure as mpl
     from matplotlib.lines import Line2D
 
-    metrics = list(dict.fromkeys(cell["metric"] for cell in records))
-    cells = [cell for cell in records if cell["seconds"] is not None]
-    biased = {cell["method"] for cell in cells if cell["marginal"] == "selected"}
-    tab20: Any = colormaps["tab20"]
-    colours = {  # the ten strong colours of tab20 first, then their ten pale ones
-        method: tab20(2 * i % 20 + i // 10 % 2)
-        for i, method in enumerate(dict.fromkeys(cell["method"] for cell in cells))
-    }
-    markers = {
-        quantize: _MARKERS[i % 6] for i, quantize in enumerate(dict.fromkeys(cell["quantize"] for cell in cells))
-    }
+    metrics = list(dict.fromkeys(record["metric"] for record in records))
+    records = [record for record in records if record["seconds"] is not None]
+    methods, quantizers = (dict.fromkeys(record[axis] for record in records) for axis in ("method", "quantize"))
+    biased = {record["method"] for record in records if record["marginal"] == "selected"}
+    tab20: Any = colormaps["tab20"]  # its ten strong colours first, then their ten pale ones
+    colours = {method: tab20(2 * i % 20 + i // 10 % 2) for i, method in enumerate(methods)}
+    markers = {quantize: _MARKERS[i % 6] for i, quantize in enumerate(quantizers)}
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = mpl.Figure(figsize=(max(7.0, 2.6 + 3.8 * columns), 4.8 if rows == 1 else 3.8 * rows), layout="constrained")
@@ -280,11 +273,11 @@ def plot_comparison(records: Sequence[Mapping[str, Any]], batch: Batch, path: Pa
     for panel in panels[len(metrics) :]:
         panel.set_axis_off()
     for i, (panel, metric) in enumerate(zip(panels, metrics, strict=False)):
-        for cell in (cell for cell in cells if cell["metric"] == metric):
-            x, y, bar = 1000 * cell["seconds"], 100 * cell["reduction"], 500 * cell["seconds_iqr"]
-            style = {"color": colours[cell["method"]], "marker": markers[cell["quantize"]], "markersize": 8}
-            hollow = cell["marginal"] == "selected"
-            _draw(panel, 0, "", x, y, min(bar, x / 2), None, hollow=hollow, linestyle="none", elinewidth=1.5, **style)
+        for record in (record for record in records if record["metric"] == metric):
+            style = {"color": colours[record["method"]], "marker": markers[record["quantize"]], "markersize": 8}
+            style |= {"linestyle": "none", "elinewidth": 1.5, "hollow": record["marginal"] == "selected"}
+            xerr = 500 * min(record["seconds_iqr"], record["seconds"])  # a bar to 0 has no end on this axis
+            _draw(panel, 0, "", 1000 * record["seconds"], 100 * record["reduction"], xerr, None, **style)
         panel.set(title=metric, xlabel="milliseconds per call", xscale="log")
         panel.set_ylabel("" if i % columns else "distance reduction, %")
         _log_ticks(panel.xaxis)
