@@ -1,4 +1,4 @@
-"""What couplings runs on: versions, processor, devices; what people paste into a report of a bug."""
+"""What couplings runs on: versions, processor, devices; for reports of bugs and for records."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def describe() -> dict[str, Any]:
 
 
 def summary(threads: int | None) -> dict[str, Any]:
-    """Describe what measurements run on, without what is nobody else's business, such as folders.
+    """Describe what measurements run on, without folders and other private matters.
 
     `threads` are those of the processes that are timed; None for PyTorch's own choice.
     """

@@ -265,7 +265,7 @@ def compare(
     ----------
     batch : Batch
     points : sequence of Point
-        Their method, metric, quantizer, options and seed count; what they say of the batch does not.
+        Only their method, metric, quantizer, options and seed are used.
     repeats : int
         Timed calls of each; one call before them is not timed.
     on_start : callable

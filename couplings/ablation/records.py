@@ -24,22 +24,11 @@ Record = dict[str, Any]
 def read_records(paths: Iterable[Path]) -> pd.DataFrame:
     """Read files of records into one table.
 
-    Parameters
-    ----------
-    paths : iterable of Path
-
     Returns
     -------
     DataFrame
         A row for each record, in the order of the files; a column for each field, None where a record has no such
         field. Columns hold objects: lists, dictionaries and whole numbers stay what they are.
-
-    Raises
-    ------
-    ValueError
-        If a line is no JSON object.
-    OSError
-        If a file cannot be read.
     """
     import pandas as pd
 
@@ -81,10 +70,6 @@ def cells(records: pd.DataFrame) -> pd.DataFrame:
 
 def read_lines(path: Path) -> tuple[list[Record], int]:
     """Read the whole lines of a JSONL file.
-
-    Parameters
-    ----------
-    path : Path
 
     Returns
     -------

@@ -176,7 +176,7 @@ def _work(point: Point, task: str, settings: Settings) -> float:
 
 
 def _changed(records: Sequence[Record], now: Record, kept: int) -> list[str]:
-    """Say if what is kept was measured by something else than what runs now."""
+    """Return a note if what is kept was measured by other versions or elsewhere than now."""
     before = [record["environment"] for record in records if record.get("task") == "run"][-1:]
     changed = [
         f"{name} {each[name]} (now {now[name]})"
