@@ -1,4 +1,4 @@
-"""Make `couplings/data/photos.npz` from photographs that scikit-image ships: ``python -m benchmarks.make_photos``.
+"""Make the photographs of `couplings.ablation` from those of scikit-image: ``python -m benchmarks.make_photos``.
 
 Needs scikit-image, which `couplings` itself does not: the file is committed. Running it again gives the same bytes
 with the same versions of NumPy and scikit-image.
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from skimage import data, transform, util
 
-TARGET = Path(__file__).parents[1] / "couplings" / "data" / "photos.npz"
+TARGET = Path(__file__).parents[1] / "couplings" / "ablation" / "data" / "photos.npz"
 HEIGHT = 160
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # public domain or CC0, see couplings/data/README.md
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # public domain or CC0, see the README beside them
 
 
 def main() -> None:

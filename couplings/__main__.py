@@ -1,5 +1,19 @@
-"""``python -m couplings``: the same as the `couplings` command."""
+"""The `couplings` command, also as ``python -m couplings``."""
 
-from couplings.cli import main
+import sys
 
-raise SystemExit(main())
+
+def main() -> int:
+    """Run the command, or say in one line what it lacks."""
+    try:
+        from couplings.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.stderr.write(f"couplings: error: the command line needs {error.name}: pip install 'couplings[cli]'\n")
+        return 2
+    return run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

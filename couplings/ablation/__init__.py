@@ -1,5 +1,6 @@
-"""Coupling quality over a grid of methods, metrics, quantizers, batch sizes and scopes; no training.
+"""Couplings measured: on one batch (`couplings compare`), or over a grid of batches (`couplings ablate`); no training.
 
-`grid` says which cells there are, `sources` what they couple, `measuring` what is measured of one, `workers` in which
-process, `records` what is kept, and `running` brings them together: the `couplings ablate` command.
+`sources` says what is coupled, `grid` how, `measure` what is measured of it. An ablation measures in processes of its
+own (`workers`) and keeps `records` of what it finished (`run`). A `report` of them is tables (the best rows are marked
+by `significance`) and figures (`plots`), laid out as `pages`.
 """

@@ -1,4 +1,4 @@
-"""The grid of an ablation: products of axes, from plain values as YAML and JSON hold them."""
+"""The grid of an ablation: products of axes, from plain values as YAML, JSON and flags hold them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 import couplings
 from couplings._names import unknown
 from couplings.assigners.registry import find
-from couplings.comparison import CANDIDATES
 from couplings.coupling import Coupling
 
-__all__ = ["AXES", "Point", "points", "read_grid"]
+__all__ = ["AXES", "CANDIDATES", "Point", "chooses", "points", "read_grid", "share_options"]
 
 AXES: dict[str, Any] = {
     "data": ["crops32"],
@@ -31,7 +30,16 @@ AXES: dict[str, Any] = {
 }
 """Axes of a grid and what they are where a grid does not name them."""
 
+CANDIDATES = 4
+"""Rows of noise for each row of data that a method chooses from, unless its option ``k`` says otherwise."""
+
 _CONDITIONS = ("none", "class")
+
+
+def chooses(method: str) -> bool:
+    """Whether a method chooses among candidates of its own for each row, as `nearest` does."""
+    info = find(method).info
+    return info.needs == "points" and info.marginal == "selected"
 
 
 @dataclass(frozen=True)
@@ -71,21 +79,18 @@ class Point:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def coupling(self) -> Coupling:
-        """Build the coupling.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For unknown names and options.
-        """
+        """Build the coupling; unknown names and options raise a ValueError or TypeError."""
         return Coupling(self.method, self.metric, self.quantize, self.scope, **self.options)  # type: ignore[arg-type]
+
+    @property
+    def rows(self) -> int:
+        """Rows that are coupled together, on all ranks."""
+        return self.n * self.ranks
 
     @property
     def candidates(self) -> int:
         """Rows of noise for each row of data."""
-        info = find(self.method).info
-        chooses = info.needs == "points" and info.marginal == "selected"
-        return int(self.options.get("k") or CANDIDATES) if chooses else 1
+        return int(self.options.get("k") or CANDIDATES) if chooses(self.method) else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -102,24 +107,20 @@ class Point:
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @property
+    def label(self) -> str:
+        """The method with its options, as rows of tables are named."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+
+    @property
     def title(self) -> str:
         """Name for a progress bar."""
-        options = "".join(f" {name}={value}" for name, value in self.options.items())
-        parts = (self.method + options, self.metric, self.quantize, self.condition)
+        parts = (self.label, self.metric, self.quantize, self.condition)
         where = f"{self.ranks} x {self.n}" if self.scope == "global" else f"n = {self.n}"
         return f"{self.data} {where}: {' '.join(part for part in parts if part)}"
 
 
 def read_grid(path: Path) -> list[dict[str, Any]]:
     """Read a grid from YAML or JSON: a mapping of axes, or a list of such mappings.
-
-    Parameters
-    ----------
-    path : Path
-
-    Returns
-    -------
-    list of dict
 
     Raises
     ------
@@ -130,27 +131,14 @@ def read_grid(path: Path) -> list[dict[str, Any]]:
     OSError
         If it cannot be read.
     """
-    text = path.read_text()
-    if path.suffix.lower() == ".json":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            msg = f"{path}: not valid JSON: {error}"
-            raise ValueError(msg) from error
-    else:
-        try:
-            import yaml
-        except ImportError as error:
-            msg = (
-                f"{path}: a grid in YAML needs the package PyYAML, which is not installed. Type: "
-                "pip install 'couplings[ablate]', or write the grid as JSON into a file that ends in .json."
-            )
-            raise ImportError(msg) from error
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            msg = f"{path}: not valid YAML: {error}"
-            raise ValueError(msg) from error
+    text, kind = path.read_text(), "JSON" if path.suffix.lower() == ".json" else "YAML"
+    if kind == "YAML":
+        import yaml
+    try:
+        value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+    except Exception as error:  # each library has its own
+        msg = f"{path}: not valid {kind}: {error}"
+        raise ValueError(msg) from error
     grids = value if isinstance(value, list) else [value]
     if not grids or not all(isinstance(grid, dict) for grid in grids):
         msg = f"{path}: expected a mapping of axes ({', '.join(AXES)}), or a list of such mappings."
@@ -191,33 +179,33 @@ def _product(grid: Mapping[str, Any]) -> list[Point]:
         if axis not in AXES:
             raise ValueError(unknown("axis of a grid", axis, AXES))
     axes = {**AXES, **grid}
-    data = [str(each) for each in _listed(axes["data"])]
-    sizes = [_whole("n", each, least=2) for each in _listed(axes["n"])]
-    seeds = _seeds(axes["seeds"])
+    ranks = [_whole("ranks", each, least=2) for each in _listed(axes["ranks"])]
     scopes: list[tuple[str, int]] = []
-    for scope in _listed(axes["scopes"]):
-        known = str(scope).lower()
-        if known not in ("local", "global"):
-            raise ValueError(unknown("scope", scope, ("local", "global")))
-        ranks = [_whole("ranks", each, least=2) for each in _listed(axes["ranks"])]
-        scopes += [("local", 1)] if known == "local" else [("global", each) for each in ranks]
-    metrics = couplings.metrics() if axes["metrics"] == "all" else _listed(axes["metrics"])
-    quantizers = [None, *couplings.quantizers()] if axes["quantizers"] == "all" else _listed(axes["quantizers"])
-    conditions = [_condition(each) for each in _listed(axes["conditions"])]
-    methods = _methods(axes["methods"])
+    for scope in (_one_of("scope", each, ("local", "global")) for each in _listed(axes["scopes"])):
+        scopes += [("local", 1)] if scope == "local" else [("global", each) for each in ranks]
+    conditions = [_none(_one_of("condition", each, _CONDITIONS)) for each in _listed(axes["conditions"])]
+    seeds = axes["seeds"]
+    if not isinstance(seeds, list | tuple):
+        seeds = range(_whole("seeds", seeds, least=1))
     cells = []
-    for source, n, (scope, count), condition, seed, metric, quantizer, (method, options) in product(
-        data, sizes, scopes, conditions, seeds, metrics, quantizers, methods
+    for data, n, (scope, count), condition, seed, metric, quantizer, (method, options) in product(
+        [str(each) for each in _listed(axes["data"])],
+        [_whole("n", each, least=1) for each in _listed(axes["n"])],
+        scopes,
+        conditions,
+        [_whole("seeds", each, least=0) for each in seeds],
+        couplings.metrics() if _all(axes["metrics"]) else _listed(axes["metrics"]),
+        [None, *couplings.quantizers()] if _all(axes["quantizers"]) else _listed(axes["quantizers"]),
+        _methods(axes["methods"]),
     ):
-        labels = axes["labels"]
-        point = Point(
-            source, labels, n, method, metric, _none(quantizer), condition, scope, count, seed, options
-        )  # fmt: skip
-        coupling = point.coupling()  # names in their canonical form, and mistakes before anything runs
-        cells.append(
-            replace(point, method=str(coupling.method), metric=str(coupling.metric), quantize=coupling.quantize)
-        )
+        cell = Point(data, axes["labels"], n, method, metric, _none(quantizer), condition, scope, count, seed, options)
+        named = cell.coupling()  # names in their canonical form, and mistakes before anything runs
+        cells.append(replace(cell, method=str(named.method), metric=str(named.metric), quantize=named.quantize))
     return cells
+
+
+def _all(value: Any) -> bool:
+    return value in ("all", ["all"])
 
 
 def _listed(value: Any) -> list[Any]:
@@ -228,6 +216,13 @@ def _none(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
+def _one_of(kind: str, value: Any, known: Sequence[str]) -> str:
+    name = str(value).lower()
+    if name not in known:
+        raise ValueError(unknown(kind, value, known))
+    return name
+
+
 def _whole(axis: str, value: Any, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         msg = f"{axis}: expected whole numbers of at least {least}, got {value!r}."
@@ -235,22 +230,9 @@ def _whole(axis: str, value: Any, least: int) -> int:
     return value
 
 
-def _seeds(value: Any) -> list[int]:
-    if isinstance(value, list | tuple):
-        return [_whole("seeds", each, least=0) for each in value]
-    return list(range(_whole("seeds", value, least=1)))
-
-
-def _condition(value: Any) -> str | None:
-    name = _none(value)
-    if name is not None and name not in _CONDITIONS:
-        raise ValueError(unknown("condition", name, _CONDITIONS))
-    return None if name is None else str(name)
-
-
 def _methods(value: Any) -> list[tuple[str, dict[str, Any]]]:
     """Names and options; ``all`` is every method that is registered."""
-    if value == "all" or value == ["all"]:
+    if _all(value):
         return [(info.name, {}) for info in couplings.methods()]
     found = []
     for each in [value] if isinstance(value, dict) else _listed(value):
@@ -261,3 +243,42 @@ def _methods(value: Any) -> list[tuple[str, dict[str, Any]]]:
                 raise TypeError(msg)
             found.append((find(name).info.name, dict(options or {})))
     return found
+
+
+def share_options(methods: Any, options: Mapping[str, Any]) -> list[dict[str, dict[str, Any]]]:
+    """Give options to the methods that they are meant for.
+
+    Parameters
+    ----------
+    methods : list of str, or "all"
+    options : mapping
+        ``name`` goes to every method that takes it, ``method.name`` to that method.
+
+    Returns
+    -------
+    list of dict
+        The axis ``methods`` with the options.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method.
+    TypeError
+        For an option that none of the methods takes.
+    """
+    shared: dict[str, dict[str, Any]] = {name: {} for name, _ in _methods(methods)}
+    known = {name: find(name).option_names for name in shared}  # None: it takes any
+    for option, value in options.items():
+        method, _, name = option.rpartition(".")
+        takers = [key for key, names in known.items() if names is None or name in names]
+        if method:
+            takers = [find(method).info.name]
+            if takers[0] not in shared:
+                msg = f"the option {option} is for {takers[0]}, which is not compared. Compared: {', '.join(shared)}."
+                raise ValueError(msg)
+        if not takers:
+            every = {each for names in known.values() for each in names or ()}
+            raise TypeError(unknown("option of the methods compared:", name, every))
+        for each in takers:
+            shared[each][name] = value
+    return [{name: options} for name, options in shared.items()]

@@ -1,28 +1,75 @@
-"""The JSONL file of an ablation: a line for every finished cell, whatever happens to the process that writes it.
+"""The JSONL file of an ablation: a line for every finished measurement, whatever happens to the process that writes it.
 
-A line is given to the system before the next cell is waited for, so that a killed process loses nothing; it is not
-forced onto the disk, which can take longer than the cell.
+A line is given to the system before the next measurement is waited for, so that a killed process loses nothing; it is
+not forced onto the disk, which can take longer than the measurement.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-__all__ = ["Log", "read_records"]
+from couplings.ablation.grid import Point
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Log", "cells", "read_lines", "read_records"]
 
 Record = dict[str, Any]
 
 
-def read_records(path: Path) -> tuple[list[Record], int]:
-    """Read the whole lines of a JSONL file.
+def read_records(paths: Iterable[Path]) -> pd.DataFrame:
+    """Read files of records into one table.
+
+    Returns
+    -------
+    DataFrame
+        A row for each record, in the order of the files; a column for each field, None where a record has no such
+        field. Columns hold objects: lists, dictionaries and whole numbers stay what they are.
+    """
+    import pandas as pd
+
+    records = [record for path in paths for record in read_lines(path)[0]]
+    fields = dict.fromkeys(field for record in records for field in record)
+    return pd.DataFrame({field: [record.get(field) for record in records] for field in fields}, dtype=object)
+
+
+def cells(records: pd.DataFrame) -> pd.DataFrame:
+    """Put the quality and the time of each cell beside each other.
 
     Parameters
     ----------
-    path : Path
+    records : DataFrame
+        From `read_records`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each cell of the grid (each seed is one): the fields of `Point`, ``label`` (the method with its
+        options), ``title``, and the fields of the last quality and the last time on record; None or NaN where there are
+        none.
+    """
+    import pandas as pd
+
+    latest: dict[str, dict[str, Record]] = {}
+    for record in records.to_dict("records"):
+        if record["task"] in ("quality", "time"):
+            latest.setdefault(Point.from_dict(record).key, {})[record["task"]] = record
+    rows = []
+    for measured in latest.values():
+        point = Point.from_dict(next(iter(measured.values())))
+        row = {**point.to_dict(), "label": point.label, "title": point.title, "skipped": None, "error": None}
+        for record in measured.values():
+            row |= {field: value for field, value in record.items() if value is not None}
+        rows.append(row)
+    return pd.DataFrame(rows).drop(columns=["task", "run"], errors="ignore")
+
+
+def read_lines(path: Path) -> tuple[list[Record], int]:
+    """Read the whole lines of a JSONL file.
 
     Returns
     -------
@@ -73,7 +120,7 @@ class Log:
         self._file: IO[bytes] = path.open("ab")
         try:
             _lock(self._file, path)
-            self.records, size = ([], 0) if restart else read_records(path)
+            self.records, size = ([], 0) if restart else read_lines(path)
             self._file.truncate(size)
         except BaseException:
             self._file.close()
@@ -82,7 +129,7 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -93,7 +140,7 @@ class Log:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Hold the file until this process ends, however it ends; where the system has no such locks, do not."""
+    """Lock the file until this process ends, however it ends; where the system has no such locks, do not."""
     try:
         import fcntl
     except ImportError:

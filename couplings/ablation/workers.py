@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,45 +22,40 @@ from typing import Any
 
 from couplings.ablation.grid import Point
 
-__all__ = ["Settings", "World", "side_by_side"]
+__all__ = ["Settings", "Worker", "measure"]
 
 Record = dict[str, Any]
 
 _READY = 1800.0  # seconds for imports and for compiling kernels, on a machine that is busy
 
 
+@dataclass(frozen=True)
 class Settings:
     """How cells are measured.
 
-    Parameters
+    Attributes
     ----------
     device : str
+        Where the batches of the local scope lie; ranks couple on the CPU.
     threads : int or None
-        Of a worker that measures alone; None for PyTorch's own choice.
+        Of a worker that measures times; None for PyTorch's own choice.
     repeats : int
+        Timed calls of a cell.
     timeout : float
         Seconds after which a cell has failed.
     """
 
-    def __init__(self, device: str, threads: int | None, repeats: int, timeout: float) -> None:
-        self.device, self.threads, self.repeats, self.timeout = device, threads, repeats, timeout
+    device: str = "cpu"
+    threads: int | None = None
+    repeats: int = 5
+    timeout: float = 600.0
 
 
-class World:
-    """One process, or as many as a group has ranks.
+class Worker:
+    """One process, or as many as a group has ranks; started when the first cell is given."""
 
-    Parameters
-    ----------
-    task : str
-        ``"quality"``, ``"time"`` or ``"global"``.
-    settings : Settings
-    threads : int or None
-    ranks : int
-        1, or the ranks of ``"global"``.
-    """
-
-    def __init__(self, task: str, settings: Settings, threads: int | None, ranks: int = 1) -> None:
-        self.task, self.settings, self.threads, self.ranks = task, settings, threads, ranks
+    def __init__(self, tasks: Sequence[str], settings: Settings, threads: int | None, ranks: int) -> None:
+        self.tasks, self.settings, self.threads, self.ranks = tasks, settings, threads, ranks
         self._processes: list[Any] = []
         self.pipes: list[Connection] = []
         self._deadline = 0.0
@@ -66,22 +64,26 @@ class World:
         context = multiprocessing.get_context("spawn")  # a forked child inherits the locks of PyTorch's threads
         self._folder = tempfile.TemporaryDirectory()
         meeting = str(Path(self._folder.name) / "store")
-        settings = vars(self.settings)
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, self.task, settings, self.threads, rank, self.ranks, meeting), daemon=True
+                target=_serve,
+                args=(theirs, self.tasks, self.settings, self.threads, rank, self.ranks, meeting),
+                daemon=True,
             )
             process.start()
             theirs.close()
             self._processes.append(process)
             self.pipes.append(ours)
         for pipe in self.pipes:
-            if not pipe.poll(_READY):
+            try:
+                ready = pipe.poll(_READY) and pipe.recv()
+            except EOFError:
+                ready = False
+            if not ready:
                 self.end()
-                msg = f"a worker was not ready after {_READY:.0f} s"
+                msg = f"a worker ended while it was starting, or was not ready after {_READY:.0f} s"
                 raise RuntimeError(msg)
-            pipe.recv()
 
     def end(self) -> None:
         """End the processes."""
@@ -93,18 +95,13 @@ class World:
             self._folder.cleanup()
         self._processes, self.pipes = [], []
 
-    def __enter__(self) -> World:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
     def begin(self, point: Point) -> None:
         """Give the processes a cell to measure."""
         if not self._processes:
             self._start()
         for pipe in self.pipes:
-            pipe.send(point.to_dict())
+            with suppress(ConnectionError):  # a process that has ended is noticed by who waits for its answer
+                pipe.send(point)
         self._deadline = time.monotonic() + self.settings.timeout
 
     @property
@@ -112,118 +109,102 @@ class World:
         """Seconds that the cell may still take."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def answer(self) -> dict[str, Record]:
-        """Return the records of the cell, by task; what failed has an ``error``. Waits for them."""
-        told: list[Any] = []
-        for rank, pipe in enumerate(self.pipes):
+    def answer(self, point: Point) -> dict[str, Record]:
+        """Wait for the records of the cell, by task; what failed has an ``error``."""
+        answers: list[dict[str, Record]] = []
+        for process, pipe in zip(self._processes, self.pipes, strict=True):
             try:
-                if not pipe.poll(self.left):
-                    self.end()
-                    return {"error": {"error": f"did not finish in {self.settings.timeout:.0f} s"}}
-                told.append(pipe.recv())
+                if pipe.poll(self.left):
+                    answers.append(pipe.recv())
+                    continue
+                error = f"did not finish in {self.settings.timeout:.0f} s"
             except (EOFError, ConnectionError):
-                self._processes[rank].join(10)
-                code = self._processes[rank].exitcode
-                self.end()
-                return {"error": {"error": f"its process ended (exit code {code})"}}
-        failed = [each for each in told if each is not None and "error" in each]
-        answer: dict[str, Record] = failed[0] if failed else told[0]
-        return answer
-
-    def measure(self, point: Point) -> dict[str, Record]:
-        """Measure one cell."""
-        self.begin(point)
-        return self.answer()
+                process.join(10)
+                error = f"its process ended (exit code {process.exitcode})"
+            self.end()
+            return {self.tasks[0]: point.to_dict() | {"error": error}}
+        return answers[0]
 
 
-def side_by_side(
-    groups: Sequence[Sequence[Point]], settings: Settings, jobs: int
+def measure(
+    groups: Iterable[Sequence[Point]],
+    tasks: Sequence[str],
+    settings: Settings,
+    *,
+    threads: int | None = 1,
+    jobs: int = 1,
+    ranks: int = 1,
 ) -> Iterator[tuple[Point, dict[str, Record]]]:
-    """Measure qualities in several processes.
+    """Measure cells in other processes, and hand out their records as they are finished.
 
     Parameters
     ----------
-    groups : sequence of sequences of Point
-        A group couples the same batch, and is measured by one process.
+    groups : iterable of sequences of Point
+        A group couples the same batch, and is measured by one worker.
+    tasks : sequence of str
+        What is measured of a cell: ``"quality"``, ``"time"`` or both.
     settings : Settings
+    threads : int or None
+        Of each process: with one, those side by side do not wait for each other.
     jobs : int
-        Processes, of one thread each: several threads would wait for each other on a machine that is busy.
-
-    Yields
-    ------
-    Point, dict
-        As they are finished.
+        Workers side by side.
+    ranks : int
+        Processes of each worker.
     """
     waiting = [list(group) for group in groups]
-    worlds = [World("quality", settings, 1) for _ in range(min(jobs, len(waiting)))]
-    busy: dict[World, list[Point]] = {}
+    workers = [Worker(tasks, settings, threads, ranks) for _ in range(min(jobs, len(waiting)))]
+    busy: dict[Worker, list[Point]] = {}
     try:
-        for world in worlds:
-            busy[world] = waiting.pop(0)
-            world.begin(busy[world][0])
+        for worker in workers:
+            busy[worker] = waiting.pop(0)
+            worker.begin(busy[worker][0])
         while busy:
-            pipes = {world.pipes[0]: world for world in busy}
-            ready = wait(list(pipes), min(world.left for world in busy))
+            pipes: dict[Any, Worker] = {worker.pipes[0]: worker for worker in busy}
+            ready = wait(list(pipes), min(worker.left for worker in busy))
             # One that is late is asked too, and says so.
-            for world in [pipes[pipe] for pipe in ready] or [world for world in busy if not world.left]:  # type: ignore[index]
-                group = busy[world]
-                point, answer = group.pop(0), world.answer()
-                if not group and waiting:
-                    group = busy[world] = waiting.pop(0)
-                if group:
-                    world.begin(group[0])  # before the answer is dealt with
+            for worker in [pipes[pipe] for pipe in ready] or [worker for worker in busy if not worker.left]:
+                point = busy[worker].pop(0)
+                answer = worker.answer(point)
+                if not busy[worker] and waiting:
+                    busy[worker] = waiting.pop(0)
+                if busy[worker]:
+                    worker.begin(busy[worker][0])  # before the answer is dealt with
                 else:
-                    del busy[world]
+                    del busy[worker]
                 yield point, answer
     finally:
-        for world in worlds:
-            world.end()
+        for worker in workers:
+            worker.end()
 
 
 def _serve(
-    pipe: Connection, task: str, settings: Record, threads: int | None, rank: int, ranks: int, meeting: str
+    pipe: Connection, tasks: Sequence[str], settings: Settings, threads: int | None, rank: int, size: int, meeting: str
 ) -> None:
-    import signal
-
+    """Measure what comes through the pipe, until it closes."""
     import torch
 
     import couplings
-    from couplings.ablation.measuring import Measurer, RankMeasurer
+    from couplings.ablation.measure import Measurer, Ranks
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     if threads is not None:
         torch.set_num_threads(threads)
     couplings.warmup()
-    measurer = Measurer(settings["device"], settings["repeats"])
-    of_ranks = RankMeasurer(rank, ranks, settings["repeats"])
-    if task == "global":
-        import torch.distributed as dist
-
+    if size > 1:
         # The ranks are all here: what the host's name resolves to does not matter.
         if "lo" in {name for _, name in socket.if_nameindex()}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
+        torch.distributed.init_process_group(
             "gloo",
             init_method=f"file://{meeting}",
             rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=settings["timeout"]),
+            world_size=size,
+            timeout=timedelta(seconds=settings.timeout),
         )
-    pipe.send(None)
-    while True:
-        try:
-            point = Point.from_dict(pipe.recv())
-        except EOFError:
-            return
-        answer: Any
-        try:
-            if task == "global":
-                answer = of_ranks.measure(point)
-            else:
-                answer = {task: measurer.quality(point) if task == "quality" else measurer.time(point)}
-        except Exception as error:  # whatever is raised belongs in the cell: the others' results stand
-            answer = {"error": {"error": f"{type(error).__name__}: {error}"}}
-        try:
-            pipe.send(answer)
-        except (BrokenPipeError, ConnectionError):
-            return
+    measurer = Measurer("cpu" if size > 1 else settings.device, settings.repeats, Ranks(rank, size))
+    pipe.send("ready")
+    try:
+        while True:
+            pipe.send(measurer.measure(pipe.recv(), tasks))
+    except (EOFError, ConnectionError):  # the parent is gone
+        return

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,18 +22,9 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
 _WITH_KEY = re.compile(rf"(?P<path>.+?(?:{'|'.join(map(re.escape, SUFFIXES))}))(?::(?P<key>.+))?", re.IGNORECASE)
 
-# A file's arrays by name, read when called; the array of a file that names none is called "".
-_Arrays = Mapping[str, Callable[[], Tensor]]
-
 
 def split_key(spec: str) -> tuple[Path, str | None]:
-    """Split ``FILE`` or ``FILE:key``.
-
-    Raises
-    ------
-    ValueError
-        If the file has none of the known suffixes.
-    """
+    """Split ``FILE`` or ``FILE:key``; a ValueError if the file has none of the known suffixes."""
     matched = _WITH_KEY.fullmatch(spec)
     if matched is None:
         msg = f"{spec}: the suffix says the format, and must be one of {', '.join(SUFFIXES)} (FILE or FILE:key)."
@@ -44,17 +35,12 @@ def split_key(spec: str) -> tuple[Path, str | None]:
 
 
 def read_array(spec: str) -> Tensor:
-    """Read one array.
+    """Read one array onto the CPU. Nothing is unpickled: files that hold Python objects are refused.
 
     Parameters
     ----------
     spec : str
         ``FILE``, or ``FILE:key`` where the file holds several arrays.
-
-    Returns
-    -------
-    Tensor
-        On the CPU, with the dtype of the file.
 
     Raises
     ------
@@ -62,28 +48,28 @@ def read_array(spec: str) -> Tensor:
         If there is no such file, or it may not be read.
     ValueError
         If it is not what its suffix says, holds no such array, or holds several and no key is given.
-
-    Notes
-    -----
-    Nothing is unpickled: files that hold Python objects are refused.
     """
     path, key = split_key(spec)
     if not path.is_file():
         msg = f"{path}: {'this is a folder' if path.is_dir() else 'no such file'}."
         raise FileNotFoundError(msg)
-    with _clear_errors(path):
-        arrays = _READERS[path.suffix.lower()](path)
-    name = _choose(path, list(arrays), key)
-    with _clear_errors(path):
-        return arrays[name]()
+    with ExitStack() as opened:
+        with _clear_errors(path):
+            arrays = _open(path, opened)
+        name = _choose(path, list(arrays), key)
+        with _clear_errors(path):
+            value = arrays[name]
+            if isinstance(value, Tensor):
+                return value
+            return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
 
 
 @contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """Say which file it is, whatever the library that parses it raises on damaged bytes."""
+    """Name the file, whatever the library that parses it raises on damaged bytes."""
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ImportError):
         raise
     except Exception as error:
         msg = (
@@ -91,6 +77,26 @@ def _clear_errors(path: Path) -> Iterator[None]:
             f"which are never unpickled ({type(error).__name__})."
         )
         raise ValueError(msg) from error
+
+
+def _open(path: Path, opened: ExitStack) -> Mapping[str, Any]:
+    """Return the arrays of a file by name; the array of a file that names none is called ``""``."""
+    suffix = path.suffix.lower()
+    if suffix == ".npy":  # not by np.load, which looks at the bytes and not at the suffix
+        with path.open("rb") as file:
+            return {"": np.lib.format.read_array(file, allow_pickle=False)}
+    if suffix == ".npz":
+        file = opened.enter_context(path.open("rb"))  # closed here: np.load leaves it open when it fails
+        archive: Mapping[str, Any] = opened.enter_context(np.load(file, allow_pickle=False))
+        return archive  # reads an array when it is asked for
+    if suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(loaded, Tensor):
+        return {"": loaded}
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _choose(path: Path, names: list[str], key: str | None) -> str:
@@ -109,77 +115,8 @@ def _choose(path: Path, names: list[str], key: str | None) -> str:
     raise ValueError(msg)
 
 
-def _from_numpy(value: Any) -> Tensor:
-    array = np.asarray(value)
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-
-
-def _held(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
-
-
-def _read_npy(path: Path) -> _Arrays:
-    # Not np.load, which looks at the bytes and not at the suffix, and would also open a pickle or an archive.
-    with path.open("rb") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-    return {"": _held(_from_numpy(array))}
-
-
-def _read_npz(path: Path) -> _Arrays:
-    def reader(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                return _from_numpy(archive[name])
-
-        return read
-
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        return {name: reader(name) for name in archive.files}
-
-
-def _read_pt(path: Path) -> _Arrays:
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(held, Tensor):
-        return {"": _held(held)}
-    if not isinstance(held, dict):
-        msg = f"expected a tensor or a dictionary of tensors, got {type(held).__name__}"
-        raise TypeError(msg)
-    return {str(name): _held(value) for name, value in held.items() if isinstance(value, Tensor)}
-
-
-def _read_safetensors(path: Path) -> _Arrays:
-    from safetensors import safe_open
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            with safe_open(path, framework="pt") as archive:
-                tensor: Tensor = archive.get_tensor(name)
-                return tensor
-
-        return read
-
-    with safe_open(path, framework="pt") as archive:
-        return {name: reader(name) for name in archive.keys()}  # noqa: SIM118 - the archive is no mapping
-
-
-_READERS: dict[str, Callable[[Path], _Arrays]] = {
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-    ".pt": _read_pt,
-    ".safetensors": _read_safetensors,
-}
-
-
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuse early what could not be written in the end.
-
-    Raises
-    ------
-    ValueError
-        For an unknown suffix.
-    OSError
-        If the folder does not exist, or the file does and `force` is not set.
-    """
+    """Check that arrays can be written there, before they are computed: the suffix, and what `check_target` checks."""
     if path.suffix.lower() not in SUFFIXES:
         msg = f"{path}: the suffix says the format, and must be one of {', '.join(SUFFIXES)}."
         raise ValueError(msg)
@@ -187,13 +124,7 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Check that a file can be put there.
-
-    Raises
-    ------
-    OSError
-        If the folder does not exist, or the file does and `force` is not set.
-    """
+    """Raise an OSError if the folder does not exist, or the file does and `force` is not set."""
     if path.is_dir():
         msg = f"{path}: this is a folder; name a file in it."
         raise IsADirectoryError(msg)
@@ -206,20 +137,12 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor], *, force: bool = False) -> None:
-    """Write arrays under their names; `.npy`, which has no names, takes the first only.
-
-    Parameters
-    ----------
-    path : Path
-        Its suffix says the format.
-    arrays : mapping of str to Tensor
-    force : bool
-        Whether to replace a file.
+    """Write arrays under their names in the format of the suffix; `.npy`, which has no names, takes the first only.
 
     Raises
     ------
     OSError
-        If the file exists, or cannot be written; a file that was there is then still there, unchanged.
+        If the file exists and `force` is not set, or it cannot be written: what was there is then there unchanged.
     TypeError
         If the format has no such dtype.
     """
@@ -249,13 +172,7 @@ def _to_numpy(tensor: Tensor, path: Path) -> Any:
 
 @contextmanager
 def written_atomically(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place once it is complete and on disk.
-
-    Raises
-    ------
-    OSError
-        If `path` exists by then and `force` is not set, or the disk is full. Nothing is left behind.
-    """
+    """Open a file beside `path` that takes its place once it is complete and on disk, as far as `force` allows."""
     target = path.resolve()  # a link is followed, not replaced
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
