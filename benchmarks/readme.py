@@ -11,9 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-import couplings
 from couplings.report.couplings_part import table_3
 from couplings.report.reading import read
+
+import couplings
 
 from . import report, training, training_report
 from .record import Records

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
+from couplings.phases import PHASES, phase, recorded
 
 from couplings import couple
-from couplings.phases import PHASES, phase, recorded
 
 
 class Clock:

@@ -26,7 +26,7 @@ from couplings.ablation.sources import Batch, Source, open_source
 from couplings.assigners.registry import find
 from couplings.coupling import Coupled, Coupling
 from couplings.diagnostics import class_leakage, distance_reduction, marginal_drift
-from couplings.phases import recorded
+from couplings.stages import recorded
 
 __all__ = ["Measurer", "Ranks", "compare", "obstacle", "optimum", "quality", "timing"]
 
@@ -52,7 +52,7 @@ class Ranks:
         n = len(rows) // self.size
         return rows[self.rank * n : (self.rank + 1) * n]
 
-    def join(self, coupled: Coupled) -> Coupled:
+    def join(self, coupled: Coupled[Any]) -> Coupled[Any]:
         """Return the pairs of all ranks, as one process with all rows would have them."""
         if self.size == 1:
             return coupled
@@ -92,7 +92,7 @@ def obstacle(coupling: Coupling, batch: Batch) -> str | None:
 
 def quality(
     batch: Batch, coupling: Coupling, seed: int, optimum: Optimum | None, ranks: Ranks = ALONE
-) -> tuple[Record, Coupled | None]:
+) -> tuple[Record, Coupled[Any] | None]:
     """Couple once, and measure the pairs (on rank 0).
 
     Parameters
@@ -154,7 +154,7 @@ def _offered(batch: Batch, coupling: Coupling) -> Tensor:
     return batch.noise if chooses(str(coupling.method)) else batch.noise[: len(batch.data)]
 
 
-def _couple(batch: Batch, coupling: Coupling, seed: int, ranks: Ranks) -> Coupled:
+def _couple(batch: Batch, coupling: Coupling, seed: int, ranks: Ranks) -> Coupled[Any]:
     return coupling(
         ranks.share(batch.data),
         ranks.share(_offered(batch, coupling)),
@@ -177,7 +177,7 @@ def _logged() -> Iterator[list[logging.LogRecord]]:
         logger.propagate = propagate
 
 
-def _pairs(batch: Batch, coupling: Coupling, coupled: Coupled, optimum: Optimum | None) -> Record:
+def _pairs(batch: Batch, coupling: Coupling, coupled: Coupled[Any], optimum: Optimum | None) -> Record:
     n, noise = len(batch.data), _offered(batch, coupling)
     distance = distance_reduction(batch.data, noise[:n], coupled.noise, metric=str(coupling.metric))
     used = len(torch.unique(coupled.index))
@@ -244,16 +244,13 @@ def timing(batch: Batch, coupling: Coupling, seed: int, repeats: int, ranks: Ran
     }
 
 
-def _seconds(call: Callable[[], Coupled]) -> tuple[Mapping[str, float], float]:
-    """Seconds of a call by phase and in all, on a clock that waits for the device."""
+def _seconds(call: Callable[[], object]) -> tuple[Mapping[str, float], float]:
+    """Seconds of a call by stage and in all, on a clock that waits for the device."""
     from torch.utils.benchmark import timer
 
-    with recorded(timer) as phases:
-        coupled = call()
-    seconds = sum(phases.values())
-    if coupled.trace is not None:  # coupled over ranks, which has phases of its own
-        phases = {phase.name: phase.seconds for phase in coupled.trace.phases}
-    return phases, seconds
+    with recorded(timer) as record:
+        call()
+    return record.seconds, sum(record.seconds.values())
 
 
 def compare(
@@ -377,7 +374,7 @@ class Measurer:
         """
         batch, coupling = self._batch(point)[1], point.coupling()
 
-        def call() -> Coupled:
+        def call() -> Coupled[Any]:
             return _couple(batch, coupling, point.seed, self.ranks)
 
         with _logged():

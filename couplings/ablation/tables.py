@@ -12,7 +12,7 @@ from rich.table import Table
 
 from couplings.ablation.environment import missing_packages
 from couplings.ablation.sources import Batch
-from couplings.assigners.registry import MethodInfo
+from couplings.assigners import MethodInfo
 
 __all__ = ["comparison_footnotes", "comparison_tables", "environment_lines", "methods_table"]
 

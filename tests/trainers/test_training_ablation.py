@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-
-from benchmarks import ablation
 from couplings.report.reading import read
 from couplings.report.training_part import sections
+
+from benchmarks import ablation
 from integrations import loop
 from integrations.features import Classifier
 
