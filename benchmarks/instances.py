@@ -48,6 +48,22 @@ class Instance:
         noise = torch.from_numpy(rng.standard_normal(data.shape, np.float32))
         return cls(family, (data.flatten(1) @ noise.flatten(1).T).mul_(-2).numpy(), data, noise)
 
+    def distances(self, metric: str) -> Matrix:
+        """Return the true matrix of a metric, ``-2 <x, n>`` for ``"dot"``; only of `CROPS`."""
+        import torch
+
+        from couplings.kernels.l1 import cdist_l1
+
+        x, n = self.data.flatten(1), self.noise.flatten(1)
+        make = {
+            "dot": lambda: torch.from_numpy(self.cost),
+            "sqeuclidean": lambda: torch.cdist(x, n).square_(),
+            "l2": lambda: torch.cdist(x, n),
+            "l1": lambda: torch.from_numpy(cdist_l1(x.numpy(), n.numpy())),
+            "cosine": lambda: 1 - torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(n).T,
+        }
+        return make[metric]().numpy()
+
 
 @cache
 def _photographs() -> list[npt.NDArray[np.uint8]]:
