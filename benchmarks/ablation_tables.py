@@ -85,6 +85,13 @@ def noise_table(n: int = 512) -> str:
     return markdown(head, rows)
 
 
+def phases_table(n: int = 512) -> str:
+    """Milliseconds of each phase of a call, means over seeds."""
+    names = ("checks", "cost", "conversion", "solve", "gather", "report", "other")
+    means = pick(n=n, ranks=1).groupby("label", sort=False)[[f"phases_ms.{name}" for name in names]].mean()
+    return markdown(["", *names], [[label, *(f"{ms:.2f}" for ms in cells)] for label, *cells in means.itertuples()])
+
+
 def paper_table() -> str:
     """Lay out the form of the paper's Table 3, its figures beside ours."""
     rows = []
@@ -156,6 +163,7 @@ def ranks_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": paper_table,
     "ablation-noise": noise_table,
+    "ablation-phases": phases_table,
     "ablation-formats": formats_table,
     "ablation-classes": classes_table,
     "ablation-ranks": ranks_table,

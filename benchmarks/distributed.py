@@ -25,7 +25,6 @@ from .record import RESULTS, Record, environment, markdown, provenance, read
 
 RANKS = (1, 2, 4)
 ROWS = (64, 128, 256)
-POOLS = (64, 128, 256, 512, 1024, 2048, 4096)
 REPEATS = 21
 TIMEOUT = timedelta(seconds=120)
 
@@ -133,30 +132,14 @@ def _couple(ranks: int, name: str, options: dict[str, Any], batch: tuple[Any, An
     }
 
 
-def _pools(sizes: tuple[int, ...]) -> list[Record]:
-    """One process with batches of growing size: what more rows gain."""
-    from couplings import Coupling
-
-    return [
-        {"task": "reduction", "contender": name, "rows": n, "reduction": float(Coupling(name)(*_batch(0, n)).reduction)}
-        for n in sizes
-        for name in ("auction", "sliced")
-    ]
-
-
-def measure(
-    ranks: tuple[int, ...] = RANKS,
-    rows: tuple[int, ...] = ROWS,
-    pools: tuple[int, ...] = POOLS,
-    repeats: int = REPEATS,
-) -> list[Record]:
+def measure(ranks: tuple[int, ...] = RANKS, rows: tuple[int, ...] = ROWS, repeats: int = REPEATS) -> list[Record]:
     """Run everything; ranks in processes of their own."""
     import torch
     import torch.multiprocessing as mp
 
     torch.set_num_threads(1)
     place = environment(1, None)  # first: what this program does is not the load of others
-    records = _pools(pools)
+    records = []
     for count in ranks:
         print(f"{time.strftime('%H:%M:%S')} {count} ranks", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +166,7 @@ def _ms(seconds: float) -> str:
 def calls_table(records: list[Record]) -> str:
     """Local against global coupling."""
     rows = []
-    for record in (record for record in records if record["task"] == "couple"):
+    for record in records:
         low, high = record["quartiles"]
         time = f"{_ms(record['seconds'])} ± {_ms((high - low) / 2)}"
         received = [f"{record['received'][rank] / 1e6:.2f}" for rank in (0, -1)]
@@ -195,7 +178,7 @@ def calls_table(records: list[Record]) -> str:
 
 def phases_table(records: list[Record]) -> str:
     """Milliseconds of each phase of a global coupling on the first rank, and megabytes received where there are any."""
-    found = [record for record in records if (record["task"], record["contender"]) == ("couple", "global")]
+    found = [record for record in records if record["contender"] == "global"]
     names = [name for name in found[0]["phases"] if name != "beside"]
     rows = []
     for record in found:
@@ -208,19 +191,10 @@ def phases_table(records: list[Record]) -> str:
     return markdown(["ranks", "rows each", "values", *names, "whole call"], rows)
 
 
-def pools_table(records: list[Record]) -> str:
-    """Reduction by rows that are coupled together."""
-    found = {(r["contender"], r["rows"]): f"{100 * r['reduction']:.2f}%" for r in records if r["task"] == "reduction"}
-    sizes = sorted({n for _, n in found})
-    rows = [[name, *(found[name, n] for n in sizes)] for name in ("auction", "sliced")]
-    return markdown(["", *(f"n = {n}" for n in sizes)], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "ranks-place": lambda: provenance(committed()),
     "ranks-calls": lambda: calls_table(committed()),
     "ranks-phases": lambda: phases_table(committed()),
-    "ranks-pools": lambda: pools_table(committed()),
 }
 
 

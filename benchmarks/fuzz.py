@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import sys
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from .child import Child, Ended
 from .contenders import exact
 from .instances import HARD
 from .record import RESULTS, environment
@@ -118,39 +118,6 @@ def failures(cost: Matrix, answers: dict[str, Answer]) -> dict[str, str]:
     return wrong
 
 
-class Watched:
-    """Answers from a process that is ended when it takes too long."""
-
-    def __init__(self) -> None:
-        self._process: Any = None
-
-    def ask(self, method: str, seed: int, kinds: tuple[str, ...]) -> Answer | None:
-        """Return the answer, None if there is none in time or the process died of it."""
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
-            theirs.close()
-            self._connection.poll(START)
-            self._connection.recv()
-        try:
-            self._connection.send((method, seed, kinds))
-            if self._connection.poll(PATIENCE):
-                return self._connection.recv()
-        except (EOFError, ConnectionError):
-            pass
-        self.close()
-        return None
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
-
-
 def _serve(connection: Any) -> None:
     import torch
 
@@ -158,11 +125,23 @@ def _serve(connection: Any) -> None:
 
     torch.set_num_threads(1)
     couplings.warmup()
-    connection.send("ready")
+    connection.send(None)
     with contextlib.suppress(EOFError):  # the one who asked has ended
         while True:
             method, *which = connection.recv()
             connection.send(answer(method, problem(*which)[1]))
+
+
+def ask(child: Child, method: str, seed: int, kinds: tuple[str, ...]) -> Answer:
+    """Let the child solve a problem, or say why it did not."""
+    try:
+        if not child.running:
+            child.start()
+            child.receive(START)
+        child.send((method, seed, kinds))
+        return child.receive(PATIENCE)
+    except Ended as error:
+        return "failed", str(error), 0.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,17 +161,14 @@ def main(argv: list[str] | None = None) -> int:
         same = all(earlier.get(name) == record[name] for name in (*asked, "kernels", "versions"))
         record = earlier if same and "+" not in here["kernels"] else record
     refused, solved = Counter(record["refused"]), Counter(record["solved"])
-    watched, before, kinds = Watched(), time.perf_counter() - record["seconds"], tuple(arguments.kinds)
+    child, before, kinds = Child(_serve), time.perf_counter() - record["seconds"], tuple(arguments.kinds)
     for number in range(record["problems"], arguments.problems):
         seed = arguments.first_seed + number
         kind, cost = problem(seed, kinds)
         # Couplings are of as many rows as columns.
         methods = [name for name in arguments.methods if name == "solver" or cost.shape[0] == cost.shape[1]]
-        found = {method: watched.ask(method, seed, kinds) for method in methods}
-        wrong = {method: "no answer in time" for method, each in found.items() if each is None}
-        answers = {method: each for method, each in found.items() if each is not None}
-        wrong |= failures(cost, answers)
-        for method, what in wrong.items():
+        answers = {method: ask(child, method, seed, kinds) for method in methods}
+        for method, what in failures(cost, answers).items():
             record["failures"].append({"seed": seed, "kind": kind, "shape": cost.shape, "method": method, "what": what})
         refused.update(f"{method}, {kind}" for method, (status, *_) in answers.items() if status == "refused")
         solved[kind] += 1
@@ -203,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
             print(f"{number + 1} of {arguments.problems}, {len(record['failures'])} failures, {seconds} s", flush=True)
-    watched.close()
+    child.end()
     return int(bool(record["failures"]))
 
 

@@ -18,7 +18,6 @@ from .solvers import CELLS, LARGE
 __all__ = ["TABLES", "best", "draw", "find", "goals", "milliseconds"]
 
 EXACT = 1e-6  # relative gap above which an answer is called wrong
-PHASES = ("checks", "cost (GEMM)", "conversion and solve", "gather", "pair costs")
 
 Record = dict[str, Any]
 
@@ -44,7 +43,7 @@ def _right(record: Record) -> bool:
 
 def best(records: Records, n: int, family: str = CROPS, task: str = "solve") -> Record | None:
     """Return the fastest right answer of another package."""
-    names = {entry.name for entry in TASKS[task] if entry.package is not None and entry.name != OURS}
+    names = {entry.name for entry in TASKS[task] if entry.package and entry.name != OURS}
     found = [
         record
         for record in records.of(task, family=family, n=n, status="ok")
@@ -102,7 +101,7 @@ def goals(records: Records) -> list[tuple[str, str, str, float, float | None]]:
         family = max(ratios, key=lambda name: ratios[name] or 0.0)
         rows.append((f"solve `{family}`, worst family, n = {n}", "best other", "<=", 1.5, ratios[family]))
     for n in CELLS["small"][2]:
-        whole, product = find(records, "small", OURS, n), find(records, "small", "cost (GEMM)", n)
+        whole, product = find(records, "small", OURS, n), find(records, "small", "GEMM", n)
         beyond = 1e3 * (whole["median"] - product["median"]) if whole and product else None
         rows.append((f"`couple`, n = {n}", "beyond its matrix product, ms", "<=", 0.2, beyond))
     for n, goal in ((1024, 8.0), (4096, 20.0)):
@@ -258,22 +257,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def draw(folder: Path) -> None:
-    """Draw time over size for every solver, and the parts of `couple`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw time over size for every solver."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     records = committed()
-    for name, plot in (("solvers-time", _plot_times), ("solvers-step", _plot_step)):
-        figure = plot(records, plt)
-        figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-        plt.close(figure)
-
-
-def _plot_times(records: Records, plt: Any) -> Any:
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    colours = iter(plt.get_cmap("tab20").colors)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    colours = iter(colormaps["tab20"].colors)
     greys = iter(("black", "dimgrey", "darkgrey", "silver"))  # of what is no competitor, us first
     for entry in TASKS["solve"]:
         colour = next(greys if entry.package is None else colours)
@@ -293,22 +284,4 @@ def _plot_times(records: Records, plt: Any) -> Any:
     axes.set_title("Exact assignment, 32x32x3 crops against Gaussian noise (red cross: not optimal)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
-    return figure
-
-
-def _plot_step(records: Records, plt: Any) -> Any:
-    sizes = sorted({record["n"] for record in records.of("step", status="ok", contender="couple")})
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.6 * len(sizes)), layout="constrained")
-    wholes = {n: find(records, "step", "couple", n) for n in sizes}
-    parts = {name: [_ratio(find(records, "step", name, n), wholes[n]) or 0.0 for n in sizes] for name in PHASES}
-    # The parts are timed apart from the whole, so their sum can exceed it by the noise of the clock.
-    parts["the rest"] = [max(0.0, 1 - sum(column)) for column in zip(*parts.values(), strict=True)]
-    labels = [f"n = {n}: {milliseconds(whole['median'])} ms" for n, whole in wholes.items() if whole]
-    left = np.zeros(len(sizes))
-    for name, shares in parts.items():
-        axes.barh(labels, shares, left=left, label=name)
-        left += shares
-    axes.invert_yaxis()
-    axes.set(xlabel="share of couple()", title="Where the time of couple() goes")
-    axes.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
-    return figure
+    figure.savefig(folder / "solvers-time.png", dpi=120, metadata={"Software": None})

@@ -46,7 +46,6 @@ CELLS: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "metric": ("metric", (CROPS,), (512, 1024, 2048, 4096)),
     "small": ("small", (CROPS,), (8, 16, 32, 64)),
     "couple": ("couple", (CROPS,), (256, 1024, 4096)),
-    "step": ("step", (CROPS,), (256, 1024, 4096)),
     "classes": ("classes", (CROPS,), (128, 512, 1024, 4096)),
     "sinkhorn": ("sinkhorn", (CROPS,), (256, 512, 1024, 2048)),
     "start": ("start", (CROPS,), (64,)),

@@ -74,7 +74,7 @@ class Results:
             if known.setdefault(record["arm"], settings) != settings:
                 msg = f"{record['arm']} is on record with different settings: choose another --output, or delete some"
                 raise ValueError(msg)
-        self.frechet = self.series(
+        self.frechet = series(
             {(*arm_of(r["arm"]), int(nfe), r["step"], r["seed"]): v for r in points for nfe, v in r["frechet"].items()},
             ("kind", "pairing", "nfe", "step", "seed"),
         )
@@ -85,12 +85,6 @@ class Results:
                 self._full.setdefault((kind, pairing), set()).add(step)
         shared = {kind: self.shared(kind, OURS) for kind in KINDS}
         self.last = {kind: max(steps) for kind, steps in shared.items() if steps}
-
-    @staticmethod
-    def series(values: dict[Any, float], names: Iterable[str]) -> pd.Series:
-        """Return values by their keys, sorted."""
-        index = pd.MultiIndex.from_tuples(values, names=list(names))
-        return pd.Series(list(values.values()), index, dtype=float).sort_index()
 
     def of(self, kind: str, **fields: Any) -> list[Record]:
         """Return the records of a kind with the fields given."""
@@ -133,6 +127,12 @@ class Results:
                 return before[0] + (step - before[0]) * (before[1] - threshold) / (before[1] - value)
             before = step, value
         return None
+
+
+def series(values: dict[Any, float], names: tuple[str, ...]) -> pd.Series:
+    """Return values by their keys, sorted."""
+    index = pd.MultiIndex.from_tuples(list(values), names=names)
+    return pd.Series(list(values.values()), index, dtype=float).sort_index()
 
 
 def arm_of(name: str) -> tuple[str, str]:
@@ -248,7 +248,7 @@ def levels(results: Results) -> pd.Series:
         if record["step"] == results.last.get(arm_of(record["arm"])[0])
         for level, value in record["explained"].items()
     }
-    return Results.series(found, ("arm", "level", "seed")) if found else pd.Series(dtype=float)
+    return series(found, ("arm", "level", "seed"))
 
 
 def level_table(results: Results) -> str:
@@ -349,58 +349,43 @@ def draw(folder: Path) -> None:
     """Draw curves of both suites, and what networks make of pure noise."""
     import matplotlib as mpl
 
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        for suite in ("training", "training-digits"):
-            _curves(committed(suite), plt).savefig(folder / f"{suite}.png", metadata={"Software": None})
-        _one_step(committed("training-digits"), plt).savefig(
-            folder / "training-one-step.png", metadata={"Software": None}
-        )
-    plt.close("all")
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figures = {suite: _curves(committed(suite)) for suite in ("training", "training-digits")}
+        figures["training-one-step"] = _one_step(committed("training-digits"))
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
 
 
-def _curves(results: Results, plt: Any) -> Any:
+def _curves(results: Results) -> Any:
     """Draw distances over sampling steps, along training, and what the networks know of the image at each level."""
+    from matplotlib.figure import Figure
+
     shares = levels(results)
-    rows = 2 if shares.empty else 3
-    columns = len(results.last)
-    size = (1 + 3.4 * columns, 3 * rows)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=size, dpi=120, squeeze=False, sharey="row", layout="constrained"
-    )
+    labels = ["Frechet distance\nat the end of training", f"Frechet distance\nat {ALONG} sampling steps"]
+    labels += [] if shares.empty else ["share of the image's variance\nthat the network predicts"]
+    figure = Figure(figsize=(1 + 3.4 * len(results.last), 3 * len(labels)), layout="constrained")
+    panels = figure.subplots(len(labels), len(results.last), squeeze=False, sharey="row")
     for column, (kind, last) in zip(panels.T, results.last.items(), strict=True):
         column[0].set_title(KINDS[kind], loc="left", fontsize=12, fontweight="bold")
         for pairing, color in COLORS.items():
-            everywhere = results.frechet[kind, pairing].xs(last, level="step")
-            _band(column[0], everywhere, color, pairing)
-            _band(column[1], results.frechet[kind, pairing, ALONG], color, pairing)
-            if f"{kind}-{pairing}" in shares.index:
-                _band(column[2], shares[f"{kind}-{pairing}"], color, pairing)
-        _label(column, results)
-    panels[0][0].set_ylabel("Frechet distance\nat the end of training")
-    panels[1][0].set_ylabel(f"Frechet distance\nat {ALONG} sampling steps")
-    if rows == 3:
-        panels[2][0].set_ylabel("share of the image's variance\nthat the network predicts")
+            curves = [results.frechet[kind, pairing].xs(last, level="step"), results.frechet[kind, pairing, ALONG]]
+            curves += [] if shares.empty else [shares[f"{kind}-{pairing}"]]
+            for axes, values in zip(column, curves, strict=True):
+                over = values.groupby(level=0).agg(["mean", "min", "max"])  # of the seeds
+                axes.plot(over.index, over["mean"], "o-", color=color, lw=2, ms=4, label=f"{pairing} noise")
+                axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.25, lw=0)
+        _label(*column, nfe=results.nfe)
+    for axes, label in zip(panels[:, 0], labels, strict=True):
+        axes.set_ylabel(label)
     panels[0][0].legend(frameon=False)
     return figure
 
 
-def _band(axes: Any, values: pd.Series, color: str, name: str) -> None:
-    """Draw the mean over seeds, and from the lowest to the highest."""
-    over = values.groupby(level=0).agg(["mean", "min", "max"])
-    axes.plot(over.index, over["mean"], "o-", color=color, lw=2, ms=4, label=f"{name} noise")
-    axes.fill_between(over.index, over["min"], over["max"], color=color, alpha=0.25, lw=0)
-
-
-def _label(column: Any, results: Results) -> None:
+def _label(over: Any, along: Any, *shares: Any, nfe: list[int]) -> None:
     from matplotlib.ticker import LogFormatter, NullLocator
 
-    over, along, *shares = column
     over.set(xscale="log", yscale="log", xlabel="sampling steps")
-    over.set_xticks(results.nfe, map(str, results.nfe))
+    over.set_xticks(nfe, map(str, nfe))
     over.xaxis.set_minor_locator(NullLocator())
     along.set(yscale="log", xlabel="training steps")
     for axes in shares:
@@ -409,19 +394,20 @@ def _label(column: Any, results: Results) -> None:
     for axes in (over, along):
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    for axes in column:
+    for axes in (over, along, *shares):
         axes.grid(axis="y", which="both", color="#e6e8eb")
         axes.set_axisbelow(True)
 
 
-def _one_step(results: Results, plt: Any) -> Any:
+def _one_step(results: Results) -> Any:
     """Show the x0 that each network predicts from the same pure noise, in one evaluation."""
+    from matplotlib.figure import Figure
     from PIL import Image
 
     pictures = {record["arm"]: record for record in reversed(results.of("one step"))}  # of the first seed
     kinds = [kind for kind in KINDS if f"{kind}-{OURS}" in pictures]
-    figure, panels = plt.subplots(len(kinds), 2, figsize=(8, 1.8 * len(kinds)), dpi=120, layout="constrained")
-    for row, kind in zip(panels, kinds, strict=True):
+    figure = Figure(figsize=(8, 1.8 * len(kinds)), layout="constrained")
+    for row, kind in zip(figure.subplots(len(kinds), 2), kinds, strict=True):
         for axes, pairing in zip(row, (BASE, OURS), strict=True):
             record = pictures[f"{kind}-{pairing}"]
             axes.imshow(Image.open(io.BytesIO(base64.b64decode(record["png"]))), cmap="gray")

@@ -185,11 +185,11 @@ def test_a_number_that_no_record_supports_is_found():
 
 
 def test_a_table_that_no_record_supports_is_found():
-    page = "above\n<!-- ranks-pools:begin -->\n| old |\n<!-- ranks-pools:end -->\nbelow\n"
+    page = "above\n<!-- ranks-calls:begin -->\n| old |\n<!-- ranks-calls:end -->\nbelow\n"
     new = tables.filled(page)
     assert "old" not in new
-    assert new.startswith("above\n<!-- ranks-pools:begin -->\n|  | n = 64 |")
-    assert new.endswith("\n<!-- ranks-pools:end -->\nbelow\n")
+    assert new.startswith("above\n<!-- ranks-calls:begin -->\n| ranks | rows each |")
+    assert new.endswith("\n<!-- ranks-calls:end -->\nbelow\n")
     assert tables.filled(new) == new
 
 
