@@ -110,10 +110,6 @@ class Results:
         base, ours = pair.mean()
         return ours / base - 1, (pair[1] < pair[0]).nunique() == 1
 
-    def changes(self, kind: str, pairing: str = OURS, step: int | None = None) -> dict[int, tuple[float, bool] | None]:
-        """Return `change` by number of sampling steps, at the end of training if no step is given."""
-        return {nfe: self.change(kind, nfe, step or self.last[kind], pairing) for nfe in self.nfe}
-
     def reach(self, kind: str, pairing: str, nfe: int, threshold: float) -> float | None:
         """Return the training steps after which the mean curve first reaches a threshold, None if it never does.
 
@@ -187,27 +183,16 @@ def final_table(results: Results) -> str:
 
 
 def change_table(results: Results) -> str:
-    """Change by coupling along training."""
+    """Change by coupling along training; by other couplings, at the end of theirs, which may be shorter."""
     rows = []
     for kind in results.last:
-        for step in mean(results.frechet[kind, OURS].droplevel("nfe")).index:
-            cells = map(percent, results.changes(kind, step=step).values())
-            rows.append([KINDS[kind], f"{step:,}", *cells])
-    return _table(results, ["", "training steps"], rows)
-
-
-def variant_table(results: Results) -> str:
-    """Change by other couplings, at the end of their training, which may be shorter than that of the plain one."""
-    rows = []
-    for kind in results.last:
-        lasts = {
-            pairing: max(results.shared(kind, pairing) & results.shared(kind, OURS), default=0) for pairing in PAIRINGS
-        }
-        for step in sorted({step for name, step in lasts.items() if step and name not in (BASE, OURS)}):
-            for pairing in (OURS, *(name for name, last in lasts.items() if last == step and name not in (BASE, OURS))):
-                cells = map(percent, results.changes(kind, pairing, step).values())
-                rows.append([KINDS[kind], f"{step:,}", PAIRINGS[pairing], *cells])
-    return _table(results, ["", "training steps", "noise"], rows)
+        for pairing in PAIRINGS:
+            steps = sorted(results.frechet.loc[kind].index.unique("step")) if pairing == OURS else []
+            shared = results.shared(kind, pairing) if pairing not in (BASE, OURS) else set()
+            for step in (*steps, *sorted(shared)[-1:]):
+                cells = [percent(results.change(kind, nfe, step, pairing)) for nfe in results.nfe]
+                rows.append([KINDS[kind], PAIRINGS[pairing], f"{step:,}", *cells])
+    return _table(results, ["", "noise", "training steps"], rows)
 
 
 def thresholds(results: Results) -> list[tuple[str, int, float, float | None, float | None]]:
@@ -315,7 +300,7 @@ def cost_table(results: Results) -> str:
 def readme_table(results: Results) -> str:
     """Change by coupling at the end of training."""
     rows = [
-        [f"{KINDS[kind]}, {last:,} training steps", *map(percent, results.changes(kind).values())]
+        [f"{KINDS[kind]}, {last:,} training steps", *(percent(results.change(kind, n, last)) for n in results.nfe)]
         for kind, last in results.last.items()
     ]
     return markdown(["change of the Frechet distance by coupling, at sampling steps", *map(str, results.nfe)], rows)
@@ -330,7 +315,6 @@ _OF_A_SUITE: dict[str, Callable[[Results], str]] = {
 TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: readme_table(committed()),
     "training-thresholds": lambda: threshold_table(committed()),
-    "training-variants": lambda: variant_table(committed()),
     "training-couplings": lambda: coupling_table(committed()),
     "training-levels": lambda: level_table(committed()),
     "training-switched": lambda: switched_table(committed()),

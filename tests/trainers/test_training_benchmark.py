@@ -77,7 +77,7 @@ def test_a_benchmark_that_was_ended_goes_on_and_repeats_nothing(tmp_path, monkey
     assert {"auction", "auction-whitened"} <= {r["method"] for r in records if r["kind"] == "coupling"}
     pair = ("v-independent", "epsilon-independent")
     assert {(r["high"], r["low"]) for r in records if r["kind"] == "switched"} == {pair, pair[::-1]}
-    assert "| DDIM, v prediction | 2 |" in training_tables.change_table(training_tables.Results(records))
+    assert "| DDIM, v prediction | coupled | 2 |" in training_tables.change_table(training_tables.Results(records))
 
     written, _ = path.read_text(), capsys.readouterr()
     training.main(command)
@@ -169,9 +169,9 @@ def test_thresholds_are_read_off_the_baseline_and_crossed_on_straight_lines():
 def test_a_loss_is_shown_as_plainly_as_a_win_and_disagreement_of_seeds_in_brackets():
     worse = [*_points("v-coupled", {400: 15.0}), *_points("v-coupled", {400: 9.0}, seed=1)]
     results = training_tables.Results(_points("v-independent", BASE) + worse[:1])
-    assert "| 400 | +50% |" in training_tables.change_table(results)
+    assert "| coupled | 400 | +50% |" in training_tables.change_table(results)
     base = _points("v-independent", BASE) + _points("v-independent", BASE, seed=1)
-    assert "| 400 | (+20%) |" in training_tables.change_table(training_tables.Results(base + worse))
+    assert "| coupled | 400 | (+20%) |" in training_tables.change_table(training_tables.Results(base + worse))
 
 
 def test_runs_with_different_settings_are_not_mixed():
