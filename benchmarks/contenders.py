@@ -193,11 +193,16 @@ def _trainer(power: int, instance: Instance, threads: int) -> Any:
     return instance.data, instance.noise[torch.from_numpy(columns)]
 
 
+# For a minute at most: should this process be ended meanwhile, nobody else would end it.
+BUSY = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
+
+
 def _beside(processes: int, instance: Instance, threads: int) -> float:
     """Couple while that many times as many processes as there are threads keep the cores busy."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes * threads)]
+    command = [sys.executable, "-c", BUSY]
+    busy = [subprocess.Popen(command) for _ in range(processes * threads)]
     try:
-        time.sleep(0.2)
+        time.sleep(0.5)  # until they have started
         return statistics.median(timeit.repeat(lambda: _couple(instance, threads), number=1, repeat=5))
     finally:
         for process in busy:
