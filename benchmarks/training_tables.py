@@ -350,7 +350,7 @@ def _curves(results: Results) -> Any:
     figure = Figure(figsize=(1 + 3.4 * len(results.last), 3 * len(labels)), layout="constrained")
     panels = figure.subplots(len(labels), len(results.last), squeeze=False, sharey="row")
     for column, (kind, last) in zip(panels.T, results.last.items(), strict=True):
-        column[0].set_title(KINDS[kind], loc="left", fontsize=12, fontweight="bold")
+        column[0].set_title(KINDS[kind], loc="left", fontsize=10, fontweight="bold")
         for pairing, color in COLORS.items():
             curves = [results.frechet[kind, pairing].xs(last, level="step"), results.frechet[kind, pairing, ALONG]]
             curves += [] if shares.empty else [shares[f"{kind}-{pairing}"]]
