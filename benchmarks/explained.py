@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +17,14 @@ from integrations.ddim import DdimObjective
 from integrations.loop import build_coupling
 from integrations.measure import Trained
 from integrations.objective import rows
+from integrations.pictures import grid
 
 from .whitening import flat
 
 if TYPE_CHECKING:
     from .training import Session
 
+PICTURED = 24
 BATCHES = (8, 32, 128, 512, 2048)
 REAL = 1000
 LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)  # of the noisiest
@@ -147,16 +151,40 @@ def couplings_alone(session: Session) -> None:
     session.once({"kind": "real", "images": len(source), "samples": min(REAL, len(source))}, real)
 
 
+def one_step(trained: Trained) -> dict[str, Any]:
+    """Return what a network makes of pure noise in one evaluation, as a picture and as a number.
+
+    Returns
+    -------
+    dict
+        ``spread``: standard deviation of a pixel over the predictions, that over the data being 1: 0 for a network that
+        answers all noise with one image. ``png``: some predictions, in base64.
+    """
+    noise = torch.randn(512, *trained.objective.shape, generator=torch.Generator().manual_seed(0))
+    diffusion = isinstance(trained.objective, DdimObjective)
+    level = trained.objective.scheduler.config.num_train_timesteps - 1 if diffusion else 1.0
+    with torch.no_grad():
+        predicted = split(trained, noise, level)[0]
+    deviation = flat(trained.source, len(trained.source)).std(0).square().mean().sqrt()
+    file = io.BytesIO()
+    grid(predicted[:PICTURED], columns=8).save(file, "png", optimize=True)
+    spread = predicted.flatten(1).std(0).square().mean().sqrt() / deviation
+    return {"spread": spread.item(), "png": base64.b64encode(file.getvalue()).decode()}
+
+
 def networks(session: Session, seed: int, arms: list[str]) -> None:
     """Put on record what the finished networks of a seed explain, and what exchanging their noisy halves does."""
-    from .training import PAIRINGS, read, settings
+    from .record import read
+    from .training import PAIRINGS, settings
 
     recipes = {name: session.recipe(name, seed) for name in arms}
     ended = {(r["arm"], r["step"]) for r in read(session.records) if r["kind"] == "point" and r["seed"] == seed}
     recipes = {name: recipe for name, recipe in recipes.items() if (name, recipe.train.steps) in ended}
     for name, recipe in recipes.items():
-        key = {"kind": "levels", "arm": name, "seed": seed, "step": recipe.train.steps, "settings": settings(recipe)}
-        session.once(key, lambda name=name: {"explained": by_level(session.trained(name, seed))})
+        key = {"arm": name, "seed": seed, "step": recipe.train.steps, "settings": settings(recipe)}
+        finders = {"levels": lambda trained: {"explained": by_level(trained)}, "one step": one_step}
+        for kind, find in finders.items():
+            session.once({"kind": kind, **key}, lambda find=find, name=name: find(session.trained(name, seed)))
     for pairing in PAIRINGS:
         pair = [f"{kind}-{pairing}" for kind in ("v", "epsilon")]
         if not recipes.keys() >= set(pair):

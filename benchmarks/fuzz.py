@@ -1,13 +1,15 @@
-"""Solve 100,000 random small problems and compare every answer with SciPy: ``python -m benchmarks.fuzz``.
+"""Solve random small problems with every exact method and compare the answers: ``python -m benchmarks.fuzz``.
 
-A problem is a hard family, or random numbers of a random kind, at a random size, shape, scale and precision. A wrong
-optimum, a bound above the optimum, a repeated column or a solve of more than a second is a failure. Writes
-``benchmarks/results/fuzz.json``; exits 1 if there is a failure.
+A problem is a hard family, or random numbers of a random kind, at a random size, shape, scale and precision. A total
+above the best of all answers and SciPy's, a bound above it, a repeated or forbidden column, an answer to a problem that
+has none, or no answer in time is a failure; an error that says that the problem cannot be solved is not. Writes
+``benchmarks/results/fuzz.json`` as it goes, and goes on where it was ended; exits 1 if there is a failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -17,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from scipy.optimize import linear_sum_assignment
 
-import couplings
-from benchmarks.instances import HARD
-from benchmarks.record import environment
-from couplings.kernels.auction import solve
+from .child import Child, Ended
+from .contenders import exact
+from .instances import HARD
+from .record import RESULTS, environment
 
-RESULT = Path(__file__).parent / "results" / "fuzz.json"
-SLOW = 1.0  # seconds
+METHODS = ("solver", "auction", "hungarian", "lapjv", "emd")  # the first is the kernel itself, with its bound
+PATIENCE = 10.0  # seconds for one answer
+START = 300.0  # seconds for imports and compilation
+SAVED = 500  # problems between two writes
+
+Matrix = np.ndarray[Any, Any]
+Answer = tuple[str, Any, float]  # "ok", the columns and a lower bound of the total; or "refused" or "failed" and why
 
 KINDS: dict[str, Any] = {
     **HARD,
@@ -39,43 +44,104 @@ KINDS: dict[str, Any] = {
     "low-rank": lambda n, rng: rng.standard_normal((n, 2)) @ rng.standard_normal((2, n)),
     "log-uniform": lambda n, rng: 10.0 ** rng.uniform(-6, 6, (n, n)),
     "sparse": lambda n, rng: rng.random((n, n)) * (rng.random((n, n)) < 0.1),
+    "near-duplicates": lambda n, rng: (
+        rng.standard_normal((-(-n // 4), n))[np.arange(n) // 4] + 1e-9 * rng.random((n, n))
+    ),
+    "wide": lambda n, rng: 10.0 ** rng.uniform(-300, 300, (n, n)),
+    "far-blocks": lambda n, rng: rng.random((n, n)) + 1e18 * (np.arange(n)[:, None] % 3 != np.arange(n) % 3),
+    "forbidden": lambda n, rng: np.where(rng.random((n, n)) < rng.uniform(0, 0.9), np.inf, rng.standard_normal((n, n))),
 }
+AS_THEY_ARE = ("huge-entry", "denormal", "wide", "far-blocks", "forbidden")  # neither scaled nor, if wide, rounded
 
 
-def problem(seed: int) -> tuple[str, np.ndarray[Any, Any]]:
+def problem(seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> tuple[str, Matrix]:
     """Make problem number `seed`: its kind and its cost."""
     rng = np.random.default_rng(seed)
-    kind = list(KINDS)[rng.integers(len(KINDS))]
+    kind = kinds[rng.integers(len(kinds))]
     n = int(min(rng.integers(1, 12) ** rng.uniform(1, 1.8), 90))
     cost = np.array(KINDS[kind](n, rng), dtype=np.float64)
     if rng.random() < 0.3:
         cost = cost[: rng.integers(1, n + 1)]  # more columns than rows
-    if rng.random() < 0.3 and kind not in ("huge-entry", "denormal"):
-        cost = cost * 10.0 ** rng.integers(-9, 10)
-    if rng.random() < 0.2:
-        cost = -cost
-    return kind, cost.astype(np.float32 if rng.random() < 0.6 else np.float64)
+    if kind not in AS_THEY_ARE:
+        if rng.random() < 0.3:
+            cost = cost * 10.0 ** rng.integers(-9, 10)
+        if rng.random() < 0.2:
+            cost = -cost
+    return kind, cost.astype(np.float32 if rng.random() < 0.6 and kind != "wide" else np.float64)
 
 
-def failure(cost: np.ndarray[Any, Any]) -> str | None:
-    """Solve a problem; say what is wrong with the answer, if anything."""
-    started = time.perf_counter()
-    solution = solve(cost)
-    if time.perf_counter() - started > SLOW:
-        return "slow"
-    n = len(cost)
-    if len(set(solution.index.tolist())) != n:
-        return "repeated column"
-    rows, columns = linear_sum_assignment(cost.astype(np.float64))
-    least = math.fsum(cost[rows, columns].astype(np.float64).tolist())
-    rounding = 1e-12 * n * float(np.abs(cost).max())
-    if solution.total - least > 1e-6 * abs(least) + rounding:
-        return "wrong optimum"
-    if solution.lower_bound > least + rounding:
-        return "false bound"
-    if solution.total != math.fsum(cost[np.arange(n), solution.index].astype(np.float64).tolist()):
-        return "false total"
-    return None
+def answer(method: str, cost: Matrix) -> Answer:
+    """Solve a problem by a method."""
+    import torch
+
+    from couplings import couple
+
+    try:
+        if method == "solver":
+            solution = exact(cost)
+            return "ok", solution.index.tolist(), float(solution.lower_bound)
+        given = torch.from_numpy(cost)
+        points = torch.zeros(len(cost), 1).to(given)
+        return "ok", couple(points, points, method, metric=lambda *_: given).index.tolist(), -math.inf
+    except (ValueError, RuntimeError) as error:
+        return "refused", str(error), 0.0
+    except Exception as error:  # whatever else is raised is a finding
+        return "failed", f"{type(error).__name__}: {error}", 0.0
+
+
+def failures(cost: Matrix, answers: dict[str, Answer]) -> dict[str, str]:
+    """Return the methods whose answers are wrong, and how."""
+    rows, wrong = np.arange(len(cost)), {}
+    totals: dict[str, float] = {}
+    for method, (status, columns, _) in answers.items():
+        if status == "failed":
+            wrong[method] = columns
+        elif status == "ok":
+            if len(set(columns)) < len(rows):
+                wrong[method] = "repeated column"
+            elif not np.isfinite(cost[rows, columns]).all():
+                wrong[method] = "forbidden column"
+            else:
+                totals[method] = math.fsum(cost[rows, columns].astype(np.float64).tolist())
+    known = [np.array(answers[method][1]) for method in totals]
+    try:
+        known.append(linear_sum_assignment(cost.astype(np.float64))[1])
+    except ValueError:  # infeasible
+        return wrong | dict.fromkeys(totals, "answered what has no answer")
+    least, best = min((math.fsum(cost[rows, each].astype(np.float64).tolist()), i) for i, each in enumerate(known))
+    rounding = 1e-12 * len(rows) * float(np.abs(cost[rows, known[best]].astype(np.float64)).max())
+    for method, total in totals.items():
+        if total > least + 1e-6 * abs(least) + rounding:
+            wrong[method] = f"{total / least - 1 if least else math.inf:.0e} above the optimum"
+        elif answers[method][2] > least + rounding:
+            wrong[method] = "false bound"
+    return wrong
+
+
+def _serve(connection: Any) -> None:
+    import torch
+
+    import couplings
+
+    torch.set_num_threads(1)
+    couplings.warmup()
+    connection.send(None)
+    with contextlib.suppress(EOFError):  # the one who asked has ended
+        while True:
+            method, *which = connection.recv()
+            connection.send(answer(method, problem(*which)[1]))
+
+
+def ask(child: Child, method: str, seed: int, kinds: tuple[str, ...]) -> Answer:
+    """Let the child solve a problem, or say why it did not."""
+    try:
+        if not child.running:
+            child.start()
+            child.receive(START)
+        child.send((method, seed, kinds))
+        return child.receive(PATIENCE)
+    except Ended as error:
+        return "failed", str(error), 0.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,30 +149,38 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--problems", type=int, default=100_000)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
+    parser.add_argument("--output", type=Path, default=RESULTS / "fuzz.json")
     arguments = parser.parse_args(argv)
-    couplings.warmup()
-    started = time.perf_counter()
-    kinds: Counter[str] = Counter()
-    failures = []
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.problems)
-    for seed in track(seeds, "solving", console=Console(stderr=True)):
-        kind, cost = problem(seed)
-        kinds[kind] += 1
-        if (what := failure(cost)) is not None:
-            failures.append({"seed": seed, "kind": kind, "shape": cost.shape, "what": what})
-    record = {
-        "problems": arguments.problems,
-        "first_seed": arguments.first_seed,
-        "failures": failures,
-        "kinds": dict(sorted(kinds.items())),
-        "seconds": round(time.perf_counter() - started, 1),
-        **environment(threads=1, extra_path=None),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{arguments.problems} problems, {len(failures)} failures: {arguments.output}")
-    return int(bool(failures))
+    asked = {name: getattr(arguments, name) for name in ("first_seed", "methods", "kinds")}
+    here = environment(threads=1, extra_path=None)
+    record = {**asked, "problems": 0, "failures": [], "refused": {}, "solved": {}, "seconds": 0.0, **here}
+    if arguments.output.exists():
+        earlier = json.loads(arguments.output.read_text())
+        same = all(earlier.get(name) == record[name] for name in (*asked, "kernels", "versions"))
+        record = earlier if same and "+" not in here["kernels"] else record
+    refused, solved = Counter(record["refused"]), Counter(record["solved"])
+    child, before, kinds = Child(_serve), time.perf_counter() - record["seconds"], tuple(arguments.kinds)
+    for number in range(record["problems"], arguments.problems):
+        seed = arguments.first_seed + number
+        kind, cost = problem(seed, kinds)
+        # Couplings are of as many rows as columns.
+        methods = [name for name in arguments.methods if name == "solver" or cost.shape[0] == cost.shape[1]]
+        answers = {method: ask(child, method, seed, kinds) for method in methods}
+        for method, what in failures(cost, answers).items():
+            record["failures"].append({"seed": seed, "kind": kind, "shape": cost.shape, "method": method, "what": what})
+        refused.update(f"{method}, {kind}" for method, (status, *_) in answers.items() if status == "refused")
+        solved[kind] += 1
+        if number + 1 == arguments.problems or (number + 1) % SAVED == 0:
+            counts = {"refused": dict(sorted(refused.items())), "solved": dict(sorted(solved.items()))}
+            seconds = round(time.perf_counter() - before, 1)
+            record |= {"problems": number + 1, **counts, "seconds": seconds}
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"{number + 1} of {arguments.problems}, {len(record['failures'])} failures, {seconds} s", flush=True)
+    child.end()
+    return int(bool(record["failures"]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -29,12 +29,15 @@ class Instance:
     cost : (n, n) float32 array
     data, noise : (n, 3, 32, 32) Tensor or None
         What `CROPS` was computed from: ``cost = -2 <data, noise>``.
+    made : dict
+        Matrices that `distances` has made.
     """
 
     family: str
     cost: Matrix
     data: Any = None
     noise: Any = None
+    made: dict[str, Matrix] = field(default_factory=dict)
 
     @classmethod
     def make(cls, family: str, n: int) -> Instance:
@@ -47,6 +50,25 @@ class Instance:
         data = torch.from_numpy(photo_crops(n, rng))
         noise = torch.from_numpy(rng.standard_normal(data.shape, np.float32))
         return cls(family, (data.flatten(1) @ noise.flatten(1).T).mul_(-2).numpy(), data, noise)
+
+    def distances(self, metric: str) -> Matrix:
+        """Return the true matrix of a metric, ``-2 <x, n>`` for ``"dot"``, made once; only of `CROPS`."""
+        import torch
+        from torch.nn.functional import normalize
+
+        from couplings.kernels.l1 import cdist_l1
+
+        x, n = self.data.flatten(1), self.noise.flatten(1)
+        make = {
+            "dot": lambda: self.cost,
+            "sqeuclidean": lambda: torch.cdist(x, n).square_().numpy(),
+            "l2": lambda: torch.cdist(x, n).numpy(),
+            "l1": lambda: cdist_l1(x.numpy(), n.numpy()),
+            "cosine": lambda: (1 - normalize(x) @ normalize(n).T).numpy(),
+        }
+        if metric not in self.made:
+            self.made[metric] = make[metric]()
+        return self.made[metric]
 
 
 @cache

@@ -1,23 +1,28 @@
-"""Records of measurements: what ran where, one JSON object a line."""
+"""Records of measurements: what ran where, one JSON object a line; and how records become tables."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Records", "environment"]
+__all__ = ["RESULTS", "ROOT", "Records", "append", "environment", "markdown", "provenance", "read"]
+
+Record = dict[str, Any]
 
 PACKAGES = (
     *("couplings", "torch", "numpy", "numba", "scipy", "lapjv", "lapx", "fastlap", "POT", "torchcfm", "torchebm"),
     *("scikit-learn", "scikit-image", "threadpoolctl"),
 )
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment(
@@ -88,6 +93,23 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def read(path: Path) -> list[Record]:
+    """Return the records of a file, without a line that was cut short when a process was killed."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a record, a line at a time, so that processes may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut_short + json.dumps(record, allow_nan=False) + "\n")
+
+
 class Records:
     """A JSONL file with one record for each contender of each group.
 
@@ -99,17 +121,15 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.all: list[dict[str, Any]] = []
-        if path.exists():
-            self.all = [json.loads(line) for line in path.read_text().splitlines()]
+        self.all = read(path)
 
-    def of(self, task: str, **fields: Any) -> list[dict[str, Any]]:
+    def of(self, task: str, **fields: Any) -> list[Record]:
         """Return the records of a task with the fields given, in order of size."""
         fields["task"] = task
-        found = [record for record in self.all if all(record[key] == value for key, value in fields.items())]
+        found = [record for record in self.all if fields.items() <= record.items()]
         return sorted(found, key=lambda record: record["n"])
 
-    def replace(self, new: list[dict[str, Any]]) -> None:
+    def replace(self, new: list[Record]) -> None:
         """Put in the records of one group and drop the older ones of the same cells; the file is never half written."""
         cells = {_cell(record) for record in new}
         self.all = [record for record in self.all if _cell(record) not in cells] + new
@@ -119,5 +139,32 @@ class Records:
         part.replace(self.path)
 
 
-def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
+def _cell(record: Record) -> tuple[Any, ...]:
     return tuple(record[key] for key in ("task", "family", "n", "contender"))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def provenance(records: Iterable[Record]) -> str:
+    """Return a table of the machines, versions, commits, dates and loads of all records that say so."""
+    places = [record["environment"] for record in records if "environment" in record]
+    versions: dict[str, str | None] = {}
+    for place in places:
+        versions |= {name: version or versions.get(name) for name, version in place["versions"].items()}
+    loads = sorted(place["hardware"]["load"] for place in places)
+    every = {
+        "hardware": ["{cpu}, {cores} cores, {memory_gib} GiB".format(**place["hardware"]) for place in places],
+        "threads": [str(place["threads"]) for place in places],
+        "system": [f"{place['system']}, Python {place['python']}" for place in places],
+        "versions": [", ".join(f"{name} {version}" for name, version in versions.items() if version)],
+        "absent": [", ".join(name for name, version in versions.items() if not version)],
+        "library at commit (+: with changes)": [place["kernels"] for place in places],
+        "measured": [place["date"][:10] for place in places],
+        "load average before a measurement": [
+            f"{loads[0]:.1f} to {loads[-1]:.1f}, median {loads[len(loads) // 2]:.1f}"
+        ],
+    }
+    return markdown(["", ""], [[name, ", ".join(sorted(set(values)))] for name, values in every.items()])

@@ -1,4 +1,4 @@
-"""Time exact assignment on the problems that training poses, against every other solver that can be installed.
+"""Time exact assignment and coupling on the problems that training poses, against every other solver there is.
 
     pip install -e '.[all,bench]'
     python -m benchmarks.solvers
@@ -12,8 +12,7 @@ others in a folder of their own and name it; what is timed needs nothing but POT
 Everything is timed in one process with pinned thread pools, one call of each contender in turn (`worker.py`), with
 `time.perf_counter` and the garbage collector off, after a call on a small problem. Records go to
 `results/solvers.jsonl` as they come, so an interrupted run goes on where it stopped; groups measured with the library
-as it is now are not measured again. The table and the plots are made from the records: ``--report-only`` makes them
-anew.
+as it is now are not measured again. ``python -m benchmarks.tables`` makes tables and plots of the records.
 """
 
 from __future__ import annotations
@@ -28,26 +27,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import report
 from .contenders import OURS, TASKS, Contender, contenders
 from .instances import CROPS, HARD
-from .record import ROOT, Records, environment
+from .record import RESULTS, Records, environment
 from .worker import Worker
 
-SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
-HARD_SIZES = (256, 1024)
-COUPLE_SIZES = (256, 1024, 4096)
 LEAST = 2.0  # seconds that a call may take at any size
 PATIENCE = 5.0  # seconds beyond twice the limit before a call is ended
 LARGE = 16384  # solved by us alone, for the memory it takes
 REFERENCES = (OURS, "scipy")  # not held to the shorter limit of the hard families
-KERNELS = ("couplings/kernels",)
-COUPLE = (
-    *KERNELS,
-    *(f"couplings/{name}" for name in ("assigners", "coupling.py", "distances.py", "inputs.py", "pairing.py")),
-)
-SOURCES = {"couple": COUPLE, "step": COUPLE}  # what a task measures of the library; KERNELS for the others
+SOURCES = {"solve": ("couplings/kernels",), "memory": ("couplings/kernels",)}  # of the library, what a task measures
 GROWTH = 2.5  # exponent by which a time is predicted from that of the next smaller size
+
+# What is measured, smaller sizes first: they predict the larger ones. Task of `contenders`, families, sizes.
+CELLS: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
+    "solve": ("solve", (CROPS,), (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)),
+    "hard": ("solve", tuple(HARD), (256, 1024)),
+    "metric": ("metric", (CROPS,), (512, 1024, 2048, 4096)),
+    "small": ("small", (CROPS,), (8, 16, 32, 64)),
+    "couple": ("couple", (CROPS,), (256, 1024, 4096)),
+    "classes": ("classes", (CROPS,), (128, 512, 1024, 4096)),
+    "sinkhorn": ("sinkhorn", (CROPS,), (256, 512, 1024, 2048)),
+    "start": ("start", (CROPS,), (64,)),
+    "crowded": ("crowded", (CROPS,), (128, 256)),
+    "l1": ("l1", (CROPS,), (1024,)),
+    "threads": ("threads", (CROPS,), (2048,)),
+    "memory": ("memory", (CROPS,), (2048, LARGE)),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,14 @@ class Config:
     share: float = 1.0
     most: float = 20.0
 
+    def seconds(self, group: Group, entry: Contender) -> float:
+        """Return the limit of one call."""
+        if group.task == "start":  # compiles
+            return 10 * self.limit
+        if group.family == CROPS:
+            return max(LEAST, self.limit * min(1.0, group.n / 4096))
+        return self.limit if entry.name in REFERENCES else self.hard_limit
+
 
 QUICK = Config(limit=5.0, hard_limit=1.0, runs=3, share=0.5, most=2.0)
 
@@ -93,24 +107,18 @@ class Group:
 
 
 def groups(arguments: argparse.Namespace) -> list[Group]:
-    """All that was asked for, smaller sizes first: they predict the larger ones."""
-    sizes, quick = sorted(arguments.sizes or ((128, 256) if arguments.quick else SIZES)), arguments.quick
-    top = max(sizes)
-    cells: list[tuple[str, str, int]] = []
-    if CROPS in arguments.families:
-        cells += [("solve", CROPS, n) for n in sizes]
-        couple_sizes = [n for n in COUPLE_SIZES if n <= top] or [top]
-        cells += [(task, CROPS, n) for task in ("couple", "step") for n in couple_sizes]
-        cells += [("l1", CROPS, min(1024, top)), ("threads", CROPS, min(2048, top)), ("memory", CROPS, min(2048, top))]
-        if not quick and arguments.sizes is None:
-            cells.append(("memory", CROPS, LARGE))
-    hard_sizes = [n for n in HARD_SIZES if n <= top] or [top]
-    cells += [("solve", family, n) for family in arguments.families if family != CROPS for n in hard_sizes]
-    return [
-        Group(task, family, n, tuple(entry for entry in entries if n < LARGE or entry.name in (OURS, "empty")))
-        for task, family, n in cells
-        if task in arguments.tasks and (entries := contenders(task, family, arguments.peers))
-    ]
+    """Return all that was asked for."""
+    found = []
+    for name in arguments.only or CELLS:
+        task, families, sizes = CELLS[name]
+        for family in families:
+            for n in sorted(arguments.sizes or sizes):
+                entries = contenders(task, family, n, arguments.peers)
+                if n >= LARGE:
+                    entries = [entry for entry in entries if entry.name in (OURS, "empty")]
+                if entries and (arguments.families is None or family in arguments.families):
+                    found.append(Group(task, family, n, tuple(entries)))
+    return found
 
 
 def done(group: Group, records: Records, here: dict[str, Any], config: Config, *, resume: bool) -> bool:
@@ -161,9 +169,7 @@ def measure(
     }
     turns: list[tuple[Contender, float]] = []
     for entry in group.contenders:
-        limit = config.limit if entry.name in REFERENCES else config.hard_limit
-        if group.family == CROPS:
-            limit = max(LEAST, config.limit * min(1.0, group.n / 4096))
+        limit = config.seconds(group, entry)
         expected = 0.0 if entry.name == OURS else predicted(entry, group, records)
         results[entry.name] |= {"status": "ok", "limit": limit, "seconds": []}
         if expected > limit:
@@ -207,54 +213,42 @@ def _summarized(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]], "runs": len(seconds)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.solvers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everything = [CROPS, *HARD]
     packages = sorted({entry.package for all_ in TASKS.values() for entry in all_ if entry.package})
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="rows of the crops (128 to 8192)")
-    parser.add_argument("--families", nargs="+", choices=everything, default=everything, metavar="FAMILY")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--only", nargs="+", choices=list(CELLS), metavar="CELL", help=f"some of {', '.join(CELLS)}")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="rows, instead of those of each cell")
+    parser.add_argument("--families", nargs="+", choices=[CROPS, *HARD], metavar="FAMILY", help="only these")
     parser.add_argument("--peers", nargs="*", metavar="PEER", help=f"of {', '.join(packages)}, or one of their solvers")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every thread pool (all cores)")
     parser.add_argument("--extra-path", metavar="DIR", help="folder with further packages")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few runs: whether it works, not how fast")
+    parser.add_argument("--quick", action="store_true", help="few runs: whether it works, not how fast")
     parser.add_argument("--resume", action="store_true", help="keep records of earlier versions of the library too")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--report-only", action="store_true", help="make the table and the plots from the records")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="file whose marked block is written anew")
-    arguments = parser.parse_args(argv)
-    records = Records(arguments.output / "solvers.jsonl")
-    if not arguments.report_only:
-        run(arguments, records)
-    for path in report.write(records, arguments.output, arguments.readme):
-        print(f"wrote {path}")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    return parser
 
 
-def run(arguments: argparse.Namespace, records: Records) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure what is not on record."""
-    config = QUICK if arguments.quick else Config()
-    here = environment(arguments.threads, arguments.extra_path)
-    print(f"{here['hardware']['cpu']}, {here['threads']} threads, load {here['hardware']['load']}")
+    arguments = parser().parse_args(argv)
+    records, config = Records(arguments.output / "solvers.jsonl"), QUICK if arguments.quick else Config()
+    place = (arguments.threads, arguments.extra_path)
     todo = groups(arguments)
     begun = time.perf_counter()
-
-    def fresh() -> Worker:
-        return Worker(arguments.threads, arguments.extra_path)
-
-    with fresh() as worker:
+    with Worker(*place) as worker:
         for position, group in enumerate(todo, 1):
             label = f"[{position}/{len(todo)}, {time.perf_counter() - begun:4.0f} s] {group}"
-            now = environment(arguments.threads, arguments.extra_path, sources=SOURCES.get(group.task, KERNELS))
-            if done(group, records, now, config, resume=arguments.resume):
+            here = environment(*place, sources=SOURCES.get(group.task, ("couplings",)))
+            if done(group, records, here, config, resume=arguments.resume):
                 print(f"{label}: on record")
                 continue
-            print(f"{label}: {len(group.contenders)} contenders", flush=True)
+            print(f"{label}: {len(group.contenders)} contenders, load {here['hardware']['load']}", flush=True)
             cell = {"task": group.task, "family": group.family, "n": group.n}
-            results = measure(group, records, config, worker, fresh)
-            records.replace([cell | result | {"config": vars(config), "environment": now} for result in results])
+            results = measure(group, records, config, worker, lambda: Worker(*place))
+            records.replace([cell | result | {"config": vars(config), "environment": here} for result in results])
             for result in results:
                 print(f"    {_line(result)}", flush=True)
 

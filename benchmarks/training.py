@@ -1,15 +1,14 @@
-"""When does coupling help training? ``python -m benchmarks.training --data DIR``, DIR in the format of MNIST's files.
+"""When does coupling help training? ``python -m benchmarks.training``.
 
-Trains small DDIM and flow matching networks with independent and with coupled noise, same seeds, and measures the
-Frechet distance of their samples along training for several numbers of sampling steps. Then asks the trained networks
-why. One process on one thread; it can be ended at any time: called again it goes on where it was, and skips what is on
-record. Processes with other arms or seeds may run beside it.
+Trains small networks with noise that is paired in several ways, same seeds, and measures the Frechet distance of their
+samples along training for several numbers of sampling steps; then asks the trained networks why. One process on one
+thread; it can be ended at any time: called again it goes on where it was, and skips what is on record. Processes with
+other arms or seeds may run beside it. ``python -m benchmarks.tables`` makes tables and plots of the records.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -20,71 +19,110 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import training_report
-from .record import PACKAGES, environment
+from .record import PACKAGES, RESULTS, append, environment, read
 
 RECIPES = Path(__file__).parent / "recipes"
-RESULTS = Path(__file__).parent / "results"
 VERSIONS = (*PACKAGES[:5], "diffusers", "accelerate", "torchmetrics", "safetensors", "scikit-learn")
 
 # Sampling with many steps takes longer than training: up to 10 at every checkpoint, 20 at every second, more at every
 # fourth.
 SPARSE = ((10, 1), (20, 2))
 SPARSEST = 4
+MEANS = ("loss", "reduction", "coupling_ms", "step_ms")  # of the steps since the checkpoint before
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: a recipe with its overrides.
-
-    Parameters
-    ----------
-    recipe : str
-        Name in `RECIPES`.
-    overrides : tuple of str
-        As on the command line of ``integrations.train``.
-    """
-
-    recipe: str
-    overrides: tuple[str, ...] = ()
-
-
-PREDICTIONS = {
+# An arm is what is predicted, a dash, and how noise is paired.
+KINDS = {
     "v": ("--objective.prediction", "v_prediction"),
     "epsilon": ("--objective.prediction", "epsilon"),
     "image": ("--objective.prediction", "sample"),
     # Without a clamp to speak of, min-SNR weights a velocity's error by SNR / (SNR + 1): as the error of the noise
     # that it implies.
     "weighted": ("--objective.prediction", "v_prediction", "--objective.min_snr_gamma", "1e9"),
+    "flow": (),
 }
+
+
+def _method(name: str, **options: str) -> tuple[str, ...]:
+    """Return the overrides that choose a method and its options."""
+    return ("--coupling.method", name, *(f"--coupling.options.{option}={value}" for option, value in options.items()))
+
+
 PAIRINGS = {
-    "independent": ("--coupling.method", "independent"),
+    "independent": _method("independent"),
     "coupled": (),
-    "whitened": ("--coupling.method", "auction-whitened"),
+    "whitened": _method("auction-whitened"),
     "of32": ("--train.batch_size_per_device", "32"),
+    "l2": ("--coupling.metric", "l2"),
+    "l1": ("--coupling.metric", "l1"),
+    **{f"sinkhorn{reg}": _method("sinkhorn", reg=reg) for reg in ("0.2", "0.5", "1")},
+    "greedy": _method("greedy"),
+    "sliced": _method("sliced"),
+    **{f"nearest_{score}": _method("nearest", k="4", score=score) for score in ("l2", "dot")},
 }
-BOTH = ("independent", "coupled")
-
-
-def _ddim(kind: str, pairing: str) -> Arm:
-    return Arm("ddim", (*PREDICTIONS[kind], *PAIRINGS[pairing]))
-
-
-# What is predicted stands before the dash, how noise is paired after it.
-ARMS = {
-    **{f"{kind}-{pairing}": _ddim(kind, pairing) for kind in ("v", "epsilon") for pairing in PAIRINGS},
-    **{f"{kind}-{pairing}": _ddim(kind, pairing) for kind in ("image", "weighted") for pairing in BOTH},
-    **{f"flow-{pairing}": Arm("flow-matching", PAIRINGS[pairing]) for pairing in BOTH},
-}
-MEANS = ("loss", "reduction", "coupling_ms", "step_ms")  # of the steps since the checkpoint before
 
 
 @dataclass(frozen=True)
+class Suite:
+    """What is trained on one data set.
+
+    Attributes
+    ----------
+    records : str
+        File in the folder of results.
+    ddim, flow : str
+        Recipes.
+    data : str or None
+        A recipe's ``data.source``; None where it has to be given.
+    arms : dict
+        What is predicted, to the ways of pairing.
+    overrides : tuple of str
+        Of both recipes.
+    """
+
+    records: str
+    ddim: str
+    flow: str
+    data: str | None
+    arms: dict[str, tuple[str, ...]]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All arms."""
+        return [f"{kind}-{pairing}" for kind, pairings in self.arms.items() for pairing in pairings]
+
+
+BOTH = ("independent", "coupled")
+SUITES = {
+    "fashion": Suite(
+        "training.jsonl", str(RECIPES / "ddim.yaml"), str(RECIPES / "flow-matching.yaml"), None,
+        {
+            **dict.fromkeys(("v", "epsilon"), (*BOTH, "whitened", "of32")),
+            **dict.fromkeys(("image", "weighted", "flow"), BOTH),
+        },
+    ),
+    "digits": Suite(
+        "training-digits.jsonl", "ddim-digits", "flow-matching-digits", "digits",
+        {
+            "v": tuple(name for name in PAIRINGS if name not in ("whitened", "of32")),
+            "flow": (*BOTH, "nearest_dot"),
+            "epsilon": BOTH,
+        },
+        (
+            *("--train.steps", "500", "--train.checkpoint_every", "100", "--train.keep_last", "5"),
+            *("--train.tracker", "null", "--evaluate.steps", "[1, 2, 5, 10, 20]"),
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
 class Session:
     """What the command line said.
 
     Parameters
     ----------
+    suite : Suite
     data : str
         A recipe's ``data.source``.
     runs : Path
@@ -95,25 +133,20 @@ class Session:
         Overrides of all recipes.
     """
 
+    suite: Suite
     data: str
     runs: Path
     records: Path
     further: tuple[str, ...] = ()
 
-    @functools.cached_property
-    def _recipes(self) -> dict[tuple[str, int], Any]:
-        return {}
-
+    @functools.cache  # noqa: B019  # a session lasts as long as the process; parsing takes longer than small networks
     def recipe(self, name: str, seed: int) -> Any:
-        """Return the recipe of one arm on one seed; read once, for parsing takes longer than small networks."""
-        if (name, seed) not in self._recipes:
-            self._recipes[name, seed] = self._read(name, seed)
-        return self._recipes[name, seed]
-
-    def _read(self, name: str, seed: int) -> Any:
+        """Return the recipe of one arm on one seed."""
         from integrations import config
 
-        arguments = [str(RECIPES / f"{ARMS[name].recipe}.yaml"), *ARMS[name].overrides, *self.further]
+        kind, _, pairing = name.partition("-")
+        arguments = [self.suite.flow if kind == "flow" else self.suite.ddim, *self.suite.overrides]
+        arguments += [*KINDS[kind], *PAIRINGS[pairing], *self.further]
         arguments += ["--data.source", self.data, "--train.seed", str(seed)]
         return config.load([*arguments, "--output", str(self.runs / f"{name}-{seed}"), "--resume", "auto"])
 
@@ -142,13 +175,13 @@ class Session:
         network = measure.feature_network(str(path), self.source, self.runs)
         return measure.Scores(network, self.source, torch.device("cpu"))
 
-    def trained(self, name: str, seed: int, step: int | None = None, *overrides: str) -> Any:
+    def trained(self, name: str, seed: int, step: int | None = None) -> Any:
         """Load a checkpoint, the last if no step is given."""
         from integrations import measure
 
         recipe = self.recipe(name, seed)
         path = recipe.output / "checkpoints" / f"step-{step or recipe.train.steps}"
-        return measure.load_trained(path, ["--data.source", self.data, *overrides])
+        return measure.load_trained(path, ["--data.source", self.data])
 
     def frechet(self, trained: Any, steps: Iterable[int]) -> dict[str, float]:
         """Return the Frechet distance of a model's samples to the images, for each number of sampling steps."""
@@ -157,34 +190,19 @@ class Session:
         count = trained.recipe.evaluate.samples
         return {str(n): self.scores(measure.draw(trained, count, n))["fid"] for n in steps}
 
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether there is a record with these fields."""
+        return any(key.items() <= record.items() for record in read(self.records))
+
     def once(self, key: dict[str, Any], find: Callable[[], dict[str, Any]]) -> None:
         """Put what ``find`` returns on record under ``key``, unless something is."""
-        if any(all(record.get(name) == value for name, value in key.items()) for record in read(self.records)):
+        if self.has(key):
             return
         began = time.perf_counter()
         record = key | find()
-        self.records.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record | {"environment": environment(1, None, VERSIONS)}, allow_nan=False)
-        cut_short = self.records.exists() and not self.records.read_bytes().endswith(b"\n")
-        # A line at a time, so that processes may share the file.
-        with self.records.open("a") as file:
-            file.write("\n" * cut_short + line + "\n")
-        shown = {name: value for name, value in record.items() if name != "settings"}
+        append(self.records, record | {"environment": environment(1, None, VERSIONS)})
+        shown = {name: value for name, value in record.items() if name not in ("settings", "png")}
         print(f"{time.perf_counter() - began:4.0f} s  {json.dumps(shown)}", flush=True)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file, without a line that was cut short when a process was killed."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
-def committed() -> training_report.Results:
-    """Return the results that are part of the repository."""
-    return training_report.Results(read(RESULTS / "training.jsonl"))
 
 
 def settings(recipe: Any) -> dict[str, Any]:
@@ -194,49 +212,38 @@ def settings(recipe: Any) -> dict[str, Any]:
     """
     values = recipe.sections()
     del values["output"], values["data"]["source"]
-    for name in (
-        "keep_last",
-        "checkpoint_every",
-        "log_every",
-        *(["steps"] * (recipe.optimizer.schedule == "constant")),
-    ):
+    shorter = ["steps"] if recipe.optimizer.schedule == "constant" else []
+    for name in ("keep_last", "checkpoint_every", "log_every", *shorter):
         del values["train"][name]
     for name in ("steps", "batch_size"):
         del values["evaluate"][name]
     return json.loads(json.dumps(values))  # as it will be read back
 
 
-def points(recipe: Any) -> list[int]:
-    """Return the training steps at which there is a checkpoint."""
-    every, last = recipe.train.checkpoint_every, recipe.train.steps
-    return sorted({*range(every, last, every), last})
-
-
 def steps_at(step: int, recipe: Any) -> list[int]:
-    """Return the numbers of sampling steps to measure after ``step`` training steps."""
+    """Return the numbers of sampling steps to measure after ``step`` training steps: all of them after the last."""
     number = step // recipe.train.checkpoint_every
     every = {n: next((every for most, every in SPARSE if n <= most), SPARSEST) for n in recipe.evaluate.steps}
-    return [n for n in recipe.evaluate.steps if number % every[n] == 0]
+    return [n for n in recipe.evaluate.steps if step == recipe.train.steps or number % every[n] == 0]
 
 
 def run_arm(name: str, seed: int, session: Session) -> None:
     """Train one arm on one seed and put a record of every checkpoint on file."""
     from integrations import loop
-    from integrations.checkpoint import steps as checkpoints
 
     recipe = session.recipe(name, seed)
+    every, last = recipe.train.checkpoint_every, recipe.train.steps
     keys = [
         {"kind": "point", "arm": name, "seed": seed, "settings": settings(recipe), "step": step}
-        for step in points(recipe)
+        for step in sorted({*range(every, last, every), last})
     ]
-    recorded = read(session.records)
-    if all(any(key.items() <= record.items() for record in recorded) for key in keys):
+    if all(map(session.has, keys)):
         print(f"{name}, seed {seed}: on record", flush=True)
         return
     loop.train(recipe, progress=False)
-    if recipe.train.steps not in checkpoints(recipe.output / "checkpoints"):
+    if not (recipe.output / "checkpoints" / f"step-{last}").is_dir():
         sys.exit(143)  # asked to end; the loop has saved
-    metrics, every = read(recipe.output / "metrics.jsonl"), recipe.train.checkpoint_every
+    metrics = read(recipe.output / "metrics.jsonl")
     for key in keys:
         step = key["step"]
         window = [line for line in metrics if step - every < line["step"] <= step] or metrics
@@ -248,68 +255,51 @@ def run_arm(name: str, seed: int, session: Session) -> None:
         session.once(key, find)
 
 
-def source_name(given: str) -> str:
-    """Read ``--data``: a source as recipes name it, or a folder with MNIST's files."""
-    from integrations.config import PLACED_SOURCES, PLAIN_SOURCES
-
-    known = given in PLAIN_SOURCES or given.partition(":")[0] in PLACED_SOURCES
-    return given if known else f"idx:{given}"
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Measure what is not on record."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description=__doc__,
         epilog="Fields of the recipes can be overridden for all arms: --train.steps 800, --evaluate.samples 500, ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = list(ARMS)
+    parser.add_argument("--suite", choices=SUITES, default="fashion", help="(default: fashion)")
     parser.add_argument(
         "--data",
-        default=os.environ.get("COUPLINGS_DATA"),
-        metavar="DIR",
+        metavar="SOURCE",
         help="folder with train-images-idx3-ubyte and its labels, gzipped or not, or another data.source of recipes "
-        "(default: the variable COUPLINGS_DATA)",
+        "(default: digits for the digits, the variable COUPLINGS_DATA for fashion)",
     )
-    parser.add_argument("--arms", nargs="*", choices=names, default=names, metavar="ARM", help=", ".join(names))
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="some of the suite's (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
     parser.add_argument("--no-analysis", action="store_true", help="train and measure only")
-    parser.add_argument("--runs", type=Path, default=Path("runs/training"), help="folder of checkpoints (%(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of records and report")
-    parser.add_argument("--report", action="store_true", help="only write the report, from the records")
+    parser.add_argument("--runs", type=Path, help="folder of checkpoints (default: runs/training/SUITE)")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
     arguments, further = parser.parse_known_args(argv)
-    records = arguments.output / "training.jsonl"
-    if not arguments.report:
-        if arguments.data is None:
-            parser.error("--data: say where the images are, or set COUPLINGS_DATA")
-        run(arguments, Session(source_name(arguments.data), arguments.runs, records, tuple(further)))
-    elif further:
-        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    suite = SUITES[arguments.suite]
+    data = arguments.data or suite.data or os.environ.get("COUPLINGS_DATA")
+    if data is None:
+        parser.error("--data: say where the images are, or set COUPLINGS_DATA")
+    arms = arguments.arms or suite.names
+    if unknown := set(arms) - {f"{kind}-{pairing}" for kind in KINDS for pairing in PAIRINGS}:
+        parser.error(f"--arms: unknown {', '.join(sorted(unknown))}; the suite's are {', '.join(suite.names)}")
 
-    try:
-        written = training_report.write(read(records), arguments.output)
-    except ValueError as error:
-        parser.error(f"{records}: {error}")
-    for path in written:
-        print(f"wrote {path}")
-
-
-def run(arguments: argparse.Namespace, session: Session) -> None:
-    """Measure what is not on record."""
     import torch
 
     from . import explained, whitening
 
     torch.set_num_threads(1)
+    data = f"idx:{data}" if Path(data).is_dir() else data
+    runs = arguments.runs or Path("runs/training") / arguments.suite
+    session = Session(suite, data, runs, arguments.output / suite.records, tuple(further))
     whitening.prepare(session.source)
     for seed in arguments.seeds:
-        for name in arguments.arms:
+        for name in arms:
             run_arm(name, seed, session)
     if not arguments.no_analysis:
         explained.couplings_alone(session)
         for seed in arguments.seeds:
-            explained.networks(session, seed, arguments.arms)
+            explained.networks(session, seed, arms)
 
 
 if __name__ == "__main__":

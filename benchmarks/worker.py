@@ -1,4 +1,4 @@
-"""The one process in which everything is timed, and its leash.
+"""The one process in which everything is timed.
 
 All contenders of a session share a process, so that they meet the same memory, caches and thread pools, and their runs
 are interleaved, so that a slow minute of the machine hits all of them. The process is a child: a solver that hangs or
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,16 +22,16 @@ import numpy as np
 
 from couplings.ablation.memory import peak_bytes
 
-from .contenders import TASKS
+from .child import Child, Ended
+from .contenders import TASKS, exact
 from .instances import Instance
 
-__all__ = ["Worker", "certified_bound", "judge"]
+__all__ = ["Worker", "certified_bound", "judge", "timed"]
 
 PREPARE = 600.0  # seconds for imports, compilation and the instance
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-class Worker:
+class Worker(Child):
     """A process that times one call after another.
 
     Parameters
@@ -44,35 +43,7 @@ class Worker:
     """
 
     def __init__(self, threads: int, extra_path: str | None) -> None:
-        self._arguments = (threads, extra_path)
-        self._process: Any = None
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-        # Pools read these when they are loaded, before anything can be told otherwise.
-        saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(self._arguments[0])))
-        try:
-            self._process.start()
-        finally:
-            for name, value in saved.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-        theirs.close()
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+        super().__init__(_serve, threads, extra_path, threads=threads)
 
     def run(self, task: str, name: str, family: str, n: int, timeout: float, *, memory: bool = False) -> dict[str, Any]:
         """Run a contender once.
@@ -94,30 +65,16 @@ class Worker:
             ``status`` and a ``note`` for ``"absent"`` and ``"failed"``; for ``"ok"`` the ``seconds``, the findings of
             `judge`, and ``memory`` in bytes (None where the system does not tell).
         """
-        if self._process is None:
-            self._start()
         try:
-            self._connection.send((task, name, family, n, memory))
-            reply = self._receive(PREPARE, "was not ready")
+            self.send((task, name, family, n, memory))
+            reply = self.receive(PREPARE, "was not ready")
             if reply is None:
-                reply = self._receive(timeout, "did not finish")
+                reply = self.receive(timeout)
             if "seconds" in reply:
-                reply.update(self._receive(PREPARE, "was not judged"))
-        except TimeoutError as error:
-            self._end()
+                reply.update(self.receive(PREPARE, "was not judged"))
+        except Ended as error:
             return {"status": "failed", "note": str(error)}
-        except (EOFError, ConnectionError):
-            self._process.join()
-            code = self._process.exitcode
-            self._end()
-            return {"status": "failed", "note": f"ended its process (exit code {code})"}
         return reply
-
-    def _receive(self, timeout: float, what: str) -> Any:
-        if not self._connection.poll(timeout):
-            msg = f"{what} in {timeout:.0f} s"
-            raise TimeoutError(msg)
-        return self._connection.recv()
 
 
 def _serve(connection: Connection, threads: int, extra_path: str | None) -> None:
@@ -144,15 +101,17 @@ def _serve(connection: Connection, threads: int, extra_path: str | None) -> None
                 warnings.simplefilter("always")
                 entry = entries[task, name]
                 if (task, name) not in warm:
-                    if entry.package is None:
-                        warmup()
-                    entry.make(Instance.make(family, 32), threads)()
+                    warmup()
+                    if task != "start":  # takes as long again
+                        entry.run(Instance.make(family, 32), threads)
                     warm.add((task, name))
-                call = entry.make(instance, threads)
+                if task == "metric":
+                    instance.distances(name)  # made once, and not timed
+                call = partial(entry.run, instance, threads)
                 connection.send(None)
                 caught.clear()
                 with _quiet():
-                    seconds, answer, growth = _measured(call) if memory else (*_timed(call), None)
+                    seconds, answer, growth = _measured(call) if memory else (*timed(call), None)
         except ImportError as error:
             connection.send({"status": "absent", "note": str(error)})
         except Exception as error:  # whatever a solver raises is a finding about it
@@ -174,17 +133,18 @@ def _quiet() -> Any:
         gc.enable()
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call took, and its answer."""
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return seconds that a call took, and its answer; a call that returns a float timed itself."""
     start = time.perf_counter()
     answer = call()
-    return time.perf_counter() - start, answer
+    seconds = time.perf_counter() - start
+    return (answer, None) if isinstance(answer, float) else (seconds, answer)
 
 
 def _measured(call: Callable[[], Any]) -> tuple[float, Any, int | None]:
     """Measure the memory of a call too, in bytes."""
     result: list[Any] = []
-    growth = peak_bytes(lambda: result.extend(_timed(call)))
+    growth = peak_bytes(lambda: result.extend(timed(call)))
     return result[0], result[1], growth
 
 
@@ -205,7 +165,7 @@ def judge(task: str, instance: Instance, answer: Any, known: dict[str, Any]) -> 
     dict
         Solvers: ``total`` and ``gap``, relative to the best certified bound; no ``gap`` if the answer is no
         permutation. Couplings: ``reduction`` of the mean squared distance and ``kept``, the share of the noise that
-        survives. Nothing for the others.
+        survives. Plans: ``column_error``, of the column sums, in sum. Nothing for the others.
     """
     if task in ("solve", "memory") and isinstance(answer, np.ndarray):
         n = len(instance.cost)
@@ -223,6 +183,8 @@ def judge(task: str, instance: Instance, answer: Any, known: dict[str, Any]) -> 
         after = (data - noise).square().sum().item()
         kept = len(noise.flatten(1).unique(dim=0)) / len(noise)
         return {"reduction": 1 - after / before, "kept": kept}
+    if task == "sinkhorn" and getattr(answer, "ndim", 0) == 2:
+        return {"column_error": float((answer.double().sum(0) - 1 / len(answer)).abs().sum())}
     return {}
 
 
@@ -236,9 +198,7 @@ def certified_bound(cost: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[float,
     rounding : float
         What the evaluation may have lost.
     """
-    from couplings.kernels.auction import solve
-
-    prices = solve(cost).prices
+    prices = exact(cost).prices
     rows = [float((row - prices).min()) for row in cost]  # in float64, as the prices are
     rounding = 4 * np.finfo(float).eps * (math.fsum(map(abs, rows)) + float(np.abs(prices).sum()))
     return math.fsum([*rows, *prices]), rounding

@@ -1,11 +1,14 @@
-"""The examples that users copy: README code blocks and docstrings."""
+"""The examples that users copy, and the numbers that they read."""
 
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import ablation_tables, solver_tables, tables, training_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,31 +28,175 @@ def test_readme_block_runs_by_itself_after_those_before_it(number):
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_names_only_files_that_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def test_tables_of_the_pages_are_those_of_the_records():
+    for page in tables.PAGES:
+        assert tables.filled(page.read_text()) == page.read_text(), f"{page}: run python -m benchmarks.tables"
 
 
-def test_every_sentence_on_choosing_rests_on_a_committed_record():
-    from benchmarks import choosing
-
-    page = (ROOT / "docs" / "choosing.md").read_text()
-    assert page == choosing.text(), "a record has changed: run python -m benchmarks.choosing"
-    sentences = re.findall(r"^- .*$", page, flags=re.MULTILINE)
-    assert len(sentences) >= 14
-    for sentence in sentences:
-        targets = re.findall(r"\]\(([^)#]+)\)", sentence)
-        assert targets, sentence
-        assert all((ROOT / "docs" / target).exists() for target in targets), sentence
+# -- numbers in prose: below are the phrases that hold them, written anew from the records
 
 
-def test_a_record_that_turns_against_its_sentence_is_an_error():
-    from benchmarks.choosing import _so
+def gain(n, method="auction", **fixed):
+    return f"{ablation_tables.pick(n=n, method=method, **{'ranks': 1, **fixed})['reduction'].mean():.2%}"
 
-    assert _so(True, "so") == "so"
-    with pytest.raises(ValueError, match="the records no longer say so, rewrite it: so"):
-        _so(False, "so")
+
+def mean(field, **fixed):
+    return ablation_tables.pick(ranks=1, **fixed)[field].mean()
+
+
+def milliseconds(name, n, show=".1f"):
+    return f"{1e3 * solver_tables.find(solver_tables.committed(), 'solve', name, n)['median']:{show}} ms"
+
+
+def told(method, condition):
+    z = ablation_tables.pick(n=1024, method=method, condition=condition)["leakage.z"]
+    return ablation_tables.stouffer(z)
+
+
+def rounded(name, digits):
+    changed, lost = (
+        mean(field, n=1024, method="auction", quantize=name) for field in ("rows_changed", "reduction_lost")
+    )
+    return f"{changed:.0%} of the rows otherwise and loses {100 * lost:.{digits}f} points"
+
+
+def change(kind, nfe, suite="training"):
+    results = training_tables.committed(suite)
+    return f"{results.change(kind, nfe, results.last[kind])[0]:+.0%}"
+
+
+def on_digits(kind, *nfe):
+    return [change(kind, n, "training-digits") for n in nfe]
+
+
+def frechet(pairing):
+    return f"{training_tables.committed('training-digits').at('v', pairing, 5, 500).mean():.0f}"
+
+
+def digits(field):
+    records = training_tables.committed("training-digits").of("point", arm="v-coupled", step=500)
+    return statistics.fmean(field(record) for record in records)
+
+
+def explained(kind):
+    return f"{training_tables.levels(training_tables.committed())[f'{kind}-coupled', 1.0].mean():.0%}"
+
+
+def known(batch, method="auction"):
+    (record,) = training_tables.committed().of("coupling", method=method, batch=batch)
+    return f"{record['explained']:.0%}"
+
+
+def exchanged(nfe):
+    results = training_tables.committed()
+    base, ours = (training_tables.switched(results, "v", "epsilon", name)[nfe] for name in ("independent", "coupled"))
+    return f"{ours.mean() / base.mean() - 1:+.0%}"
+
+
+def choosing():
+    v, flow = (on_digits(kind, 1, 2, 5, 20) for kind in ("v", "flow"))
+    epsilon = on_digits("epsilon", 1, 20)
+    peak = {name: f"{mean('peak_bytes', n=2048, method=name) / 2**20:.0f} MiB" for name in ("auction", "sliced")}
+    return [
+        f"by {gain(64)} at n = 64, {gain(128)} at n = 128, {gain(512)} at n = 512 and {gain(2048)} at n = 2048",
+        f"64 rows by themselves gain {gain(64)}",
+        f"2 x 64 together {gain(64, scope='global', ranks=2)} and 4 x 64 {gain(64, scope='global', ranks=4)}",
+        f"128 rows in four classes gain {gain(128, condition='class')}, and {gain(128)} across them",
+        f"takes {milliseconds('couplings', 128)} where scipy takes {milliseconds('scipy', 128)} at n = 128",
+        f"{milliseconds('couplings', 1024)} against {milliseconds('scipy', 1024, '.0f')} at n = 1024",
+        f"{milliseconds('couplings', 4096, '.0f')} against {milliseconds('scipy', 4096, ',.0f')} at n = 4096",
+        f"at n = 512 `auction` gains {gain(512)}, `greedy` {gain(512, 'greedy')} and `sliced` {gain(512, 'sliced')}",
+        f"at n = 2048 and 3072 dimensions a call takes {peak['sliced']} beyond them, `auction` {peak['auction']}",
+        f"at 5 sampling steps is {frechet('sinkhorn0.2')} at reg 0.2, {frechet('sinkhorn0.5')} at reg 0.5",
+        f"{frechet('sinkhorn1')} at reg 1, against {frechet('coupled')} for the exact coupling",
+        f"drifts by {mean('drift.norm', n=128, label='nearest k=4 score=l2'):.1f} standard deviations at k = 4",
+        f"at n = 128 the exact coupling gains {digits(lambda record: record['reduction']):.2%} on 8x8 digits",
+        f"{gain(128)} on 32x32x3 crops, {gain(128, data='crops64')} on 64x64x3 crops",
+        f"{gain(128, data='latents')} on 4x32x32 latents",
+        f"{frechet('coupled')} with `sqeuclidean`, {frechet('l2')} with `l2`, {frechet('l1')} with `l1`",
+        f"{frechet('independent')} without coupling (Frechet distance on digits, 5 sampling steps)",
+        f"at n = 1024, the noise tells the class {told('auction', 'none'):.0f} standard deviations above chance",
+        f"within them it is {told('auction', 'class'):.1f}, and {told('independent', 'none'):.1f} for random pairs",
+        f"a reduction of {gain(1024, condition='class')} instead of {gain(1024)}",
+        f"at n = 1024 it pairs {mean('rows_changed', n=1024, quantize='fp16'):.1%} of the rows otherwise",
+        "loses less than 0.0001 percentage points",
+        f"pairs {rounded('fp8_e5m2', 3)}; `int8` {rounded('int8', 4)}",
+        f"at 1, 2, 5 and 20 sampling steps, by {v[0]}, {v[1]}, {v[2]} and {v[3]} with v prediction",
+        f"by {flow[0]}, {flow[1]}, {flow[2]} and {flow[3]} with flow matching",
+        f"at 10 sampling steps by {change('image', 10)} with image prediction, {change('v', 10)} with v prediction",
+        f"{change('flow', 10)} with flow matching, but by {change('epsilon', 10)} with epsilon prediction",
+        f"{change('weighted', 10)} with v prediction under epsilon's weights",
+        f"epsilon prediction changes by {epsilon[0]} at 1 and {epsilon[1]} at 20 sampling steps",
+        f"it is {digits(lambda record: record['coupling_ms'] / record['step_ms']):.0%} of a step of the digit models",
+        *("32x32x3 crops", "n x n matrix"),
+    ]
+
+
+def training():
+    (real,) = training_tables.committed().of("real")
+    epsilon, half = ([find(n) for n in (3, 5, 10, 20)] for find in (lambda n: change("epsilon", n), exchanged))
+    return [
+        f"{real['samples']:,} real images are at {real['frechet']:.1f}",
+        f"{known(128)} of the images' variance, linearly",
+        f"{known(8)} with 8, {known(32)} with 32, {known(128)} with 128, {known(512)} with 512",
+        f"{known(2048)} with 2,048",
+        f"{explained('v')} (v prediction), {explained('image')} (image prediction) and {explained('flow')} (flow",
+        f"{explained('weighted')} (v prediction under epsilon's weights) and {explained('epsilon')} (epsilon",
+        f"v prediction changes by {change('v', 10)} at 10 and {change('v', 20)} at 20 sampling steps",
+        f"by {change('weighted', 10)} and {change('weighted', 20)} with epsilon's",
+        f"prediction itself changes by {change('epsilon', 10)} and {change('epsilon', 20)}",
+        f"by {epsilon[0]}, {epsilon[1]}, {epsilon[2]} and {epsilon[3]} at 3, 5, 10 and 20 sampling steps",
+        f"they change by {half[0]}, {half[1]}, {half[2]} and {half[3]}",
+        f"leaves {known(128, 'auction-whitened')} of the variance explained instead of {known(128)}",
+        "patches of 4 pixels, width 64, depth 4; batches of 128, adam at a constant 0.001",
+        *("distance of 1,000 samples", "SNR / (SNR + 1)", "Level 1 is"),
+    ]
+
+
+def unbacked(page, phrases):
+    """Return the numbers of a page that stand in none of the phrases, and the phrases that it does not hold."""
+    text = tables.BLOCK.sub("", page)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", " ".join(text.split()))
+    missing = [phrase for phrase in phrases if phrase not in text]
+    for phrase in phrases:
+        text = text.replace(phrase, "")
+    return [*re.findall(r"\S*\d\S*", re.sub(r"`[^`]*`", "", text)), *missing]
+
+
+@pytest.mark.parametrize(
+    ("page", "phrases"), [("docs/choosing.md", choosing), ("benchmarks/results/training.md", training)]
+)
+def test_numbers_in_prose_are_those_of_the_records(page, phrases):
+    assert unbacked((ROOT / page).read_text(), phrases()) == []
+
+
+def test_comparisons_in_prose_are_those_of_the_records():
+    assert mean("reduction_lost", n=1024, method="auction", quantize="fp16") < 1e-6
+    assert mean("ms", n=2048, method="auction") < mean("ms", n=2048, method="sliced")
+    gaps = [mean("gap", n=512, method=name) for name in ("auction", "hungarian", "lapjv", "emd")]
+    assert max(map(abs, gaps)) < 1e-6
+
+
+def test_a_number_that_no_record_supports_is_found():
+    page = "It gains 2% at n = 8.\n\n`x1` and [this](page2.md) do not count.\n"
+    assert unbacked(page, ["gains 2% at n = 8"]) == []
+    assert unbacked(page, ["gains 3% at n = 8"]) == ["2%", "8.", "gains 3% at n = 8"]
+
+
+def test_a_table_that_no_record_supports_is_found():
+    page = "above\n<!-- ranks-calls:begin -->\n| old |\n<!-- ranks-calls:end -->\nbelow\n"
+    new = tables.filled(page)
+    assert "old" not in new
+    assert new.startswith("above\n<!-- ranks-calls:begin -->\n| ranks | rows each |")
+    assert new.endswith("\n<!-- ranks-calls:end -->\nbelow\n")
+    assert tables.filled(new) == new
+
+
+def test_pages_name_only_files_that_exist():
+    for page in tables.PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_docstring_examples_give_what_they_say():
