@@ -1,6 +1,5 @@
 """`--thorough` runs every case and 1000 examples a property; without it a kind is covered by one case of it."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -28,13 +27,3 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
-
-
-def needs_extras(info):
-    """Mark that skips a case of a method whose packages are not installed."""
-    from importlib.util import find_spec
-
-    from oracles import MODULES
-
-    absent = [extra for extra in info.requires if find_spec(MODULES[extra]) is None]
-    return pytest.mark.skipif(bool(absent), reason=f"couplings[{','.join(absent)}] is not installed")

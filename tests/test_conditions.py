@@ -1,22 +1,19 @@
 """Conditions: noise stays within its class, or pays for leaving the neighbourhood of its condition."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import distances, multiset, optimum, paired
+from oracles import distances, multiset, optimum, paired, skip_without
 
 import couplings
 from couplings import couple
 from couplings.testing import batches, check_coupler
 
 SQUARE = [info for info in couplings.methods() if info.marginal == "permutation"]
-
-
-def installed(info):
-    for extra in info.requires:
-        pytest.importorskip({"pot": "ot", "lapjv": "lapjv"}[extra])
 
 
 def gaussian(*shape, seed=0):
@@ -26,7 +23,7 @@ def gaussian(*shape, seed=0):
 @pytest.mark.parametrize("info", SQUARE, ids=lambda i: i.name)
 @given(batch=batches(), draw=st.data(), metric=st.sampled_from(couplings.metrics()))
 def test_noise_of_a_class_is_the_same_multiset_after_coupling(info, batch, draw, metric):
-    installed(info)
+    skip_without(info)
     data, noise = batch
     labels = torch.tensor(draw.draw(st.lists(st.integers(-2, 2), min_size=len(data), max_size=len(data))))
     coupled = couple(data, noise, info.name, metric=metric, condition=labels)
@@ -41,7 +38,7 @@ def test_noise_of_a_class_is_the_same_multiset_after_coupling(info, batch, draw,
 @pytest.mark.parametrize("info", [i for i in SQUARE if i.exact], ids=lambda i: i.name)
 @given(seed=st.integers(0, 2**31), metric=st.sampled_from(["sqeuclidean", "l2", "cosine", "dot"]))
 def test_each_class_is_coupled_as_it_would_be_alone(info, seed, metric):
-    installed(info)
+    skip_without(info)
     data, noise = gaussian(18, 4, seed=seed).double(), gaussian(18, 4, seed=seed + 1).double()
     labels = torch.randint(0, 3, (18,), generator=torch.Generator().manual_seed(seed))
     coupled = couple(data, noise, info.name, metric=metric, condition=labels)
@@ -87,26 +84,17 @@ def test_a_class_of_one_keeps_its_noise_and_one_class_is_no_condition():
 
 
 @pytest.mark.parametrize("metric", couplings.metrics())
-@pytest.mark.parametrize("between", ["sqeuclidean", "cosine"])
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1, 20.0])
-def test_a_continuous_condition_adds_its_weighted_distance(metric, between, weight):
+@pytest.mark.parametrize("method", ["auction", "hungarian"])
+def test_a_continuous_condition_adds_its_weighted_distance(metric, method):
     data, noise, condition = gaussian(30, 5), gaussian(30, 5, seed=1), gaussian(30, 2, seed=2)
-    cost = distances(data, noise, metric) + weight * distances(condition, condition, between)
-    for info in couplings.methods():
-        if info.exact and not info.requires:
-            coupled = couple(
-                data,
-                noise,
-                info.name,
-                metric=metric,
-                condition=condition,
-                condition_weight=weight,
-                condition_metric=between,
-            )
-            reached = cost[torch.arange(30), coupled.index].mean().item()
-            assert reached == pytest.approx(optimum(cost), rel=1e-5, abs=1e-5)
-            # What is reported is the distance of data and noise alone.
-            assert coupled.cost.item() == pytest.approx(paired(data, coupled.noise, metric), rel=1e-5)
+    for weight, between in product([0.0, 0.5, 1, 20.0], ["sqeuclidean", "cosine"]):
+        cost = distances(data, noise, metric) + weight * distances(condition, condition, between)
+        options = {"condition_weight": weight, "condition_metric": between}
+        coupled = couple(data, noise, method, metric=metric, condition=condition, **options)
+        reached = cost[torch.arange(30), coupled.index].mean().item()
+        assert reached == pytest.approx(optimum(cost), rel=1e-5, abs=1e-5), options
+        # What is reported is the distance of data and noise alone.
+        assert coupled.cost.item() == pytest.approx(paired(data, coupled.noise, metric), rel=1e-5), options
 
 
 def test_defaults_of_a_continuous_condition():
