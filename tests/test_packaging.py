@@ -196,6 +196,10 @@ def test_all_is_the_union_of_the_other_extras():
     assert Requirement(line).extras == set(EXTRAS) - {"all", *OUTSIDE_ALL}
 
 
+def test_the_core_depends_on_four_packages_alone():
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", "numpy", "scipy", "numba"}
+
+
 def test_constraints_pin_what_the_extras_name():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
