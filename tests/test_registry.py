@@ -271,27 +271,3 @@ def test_a_callable_that_computes_in_place_spoils_neither_the_batch_nor_the_repo
         assert couple(data, noise, "spoiler", metric="l2").cost.item() == pytest.approx(expected)
     assert same_bits(data, kept[0])
     assert same_bits(noise, kept[1])
-
-
-class EntryPoint:
-    value, name, dist = "somebody:register", "somebody", None
-
-    def __init__(self, found):
-        self.found = found
-
-    def load(self):
-        return self.found
-
-
-def test_a_package_that_cannot_register_is_named_at_every_call(monkeypatch):
-    def broken():
-        couplings.register("half", rolled, marginal="permutation")
-        raise ZeroDivisionError("mine")
-
-    monkeypatch.setattr(registry, "_entry_points_read", False)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint(broken)])
-    for _ in range(2):
-        with pytest.raises(ImportError, match=r"somebody:register.*ZeroDivisionError: mine"):
-            couple(*batch())
-    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint(couplings)])
-    assert couplings.methods("half") == [], "what it registered before it broke is not left behind"

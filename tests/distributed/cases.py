@@ -51,6 +51,10 @@ class Case:
         return data, noise, condition
 
     @property
+    def all_options(self):
+        return {**self.options, "select": True} if self.spare else self.options
+
+    @property
     def noise_rows(self):
         return tuple(self.candidates * n + self.spare for n in self.rows)
 
@@ -63,13 +67,13 @@ class Case:
 
 def couple_whole(case):
     data, noise, condition = case.batch()
-    return couple(data, noise, condition=condition, **case.options)
+    return couple(data, noise, condition=condition, **case.all_options)
 
 
 def couple_share(case):
     """Couple this rank's share over all ranks; everything in it as NumPy and numbers, to go through a pipe."""
     data, noise, condition = case.share(dist.get_rank())
-    coupled = couple(data, noise, condition=condition, scope="global", **case.options)
+    coupled = couple(data, noise, condition=condition, scope="global", **case.all_options)
     return told(coupled)
 
 

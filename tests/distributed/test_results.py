@@ -13,7 +13,7 @@ def tie_to_noise(case):
     """Couple, then send along what is tied to the noise: numbered rows in several forms."""
     rank = dist.get_rank()
     data, noise, _ = case.share(rank)
-    coupled = couple(data, noise, scope="global", **case.options)
+    coupled = couple(data, noise, scope="global", **case.all_options)
     first = sum(case.noise_rows[:rank])
     number = torch.arange(first, first + len(noise))
     return {

@@ -126,7 +126,7 @@ def test_nearest_takes_the_best_of_each_rows_own_candidates(batch, score):
 def test_exact_methods_select_the_best_rows_of_a_larger_pool(name, batch, metric, draw):
     data, noise = batch
     noise = noise[: draw.draw(st.integers(len(data), len(noise)), label="m")]
-    coupled = couplings.couple(data, noise, name, metric=metric)
+    coupled = couplings.couple(data, noise, name, metric=metric, select=True)
     # Under `dot` the selection is that of minus the inner product: with a choice of noise, norms matter.
     cost = distances(data, noise, metric)
     reached = cost[torch.arange(len(data)), coupled.index].mean().item()
@@ -141,7 +141,7 @@ def test_norms_count_where_noise_is_selected(name, metric):
     # A constant added to a column changes no permutation, but it does change which columns are chosen.
     generator = torch.Generator().manual_seed(5)
     data, noise = torch.randn(20, 3, generator=generator), 2 * torch.randn(50, 3, generator=generator)
-    coupled = couplings.couple(data, noise, name, metric=metric)
+    coupled = couplings.couple(data, noise, name, metric=metric, select=True)
     cost = distances(data, noise, metric)
     reached = cost[torch.arange(20), coupled.index].mean().item()
     assert reached == pytest.approx(optimum(cost), abs=tolerance(cost, torch.float32))
@@ -150,7 +150,7 @@ def test_norms_count_where_noise_is_selected(name, metric):
 @pytest.mark.parametrize("name", ["greedy", "stable"])
 @given(batch=batches(max_rows=8, dtypes=WIDE, pool=2))
 def test_matchings_select_distinct_rows_of_a_larger_pool(name, batch):
-    coupled = couplings.couple(*batch, name)
+    coupled = couplings.couple(*batch, name, select=True)
     assert len(coupled.index.unique()) == len(batch[0])
     assert coupled.marginal == "selected"
     assert not multiset(coupled.noise) - multiset(batch[1])
