@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from couplings import couple
+from couplings.stages import recorded
 
 _UNEVEN = ((7,), (5, 8), (6, 3, 7), (4, 6, 5, 3))
 
@@ -73,8 +74,9 @@ def couple_whole(case):
 def couple_share(case):
     """Couple this rank's share over all ranks; everything in it as NumPy and numbers, to go through a pipe."""
     data, noise, condition = case.share(dist.get_rank())
-    coupled = couple(data, noise, condition=condition, scope="global", **case.all_options)
-    return told(coupled)
+    with recorded() as record:
+        coupled = couple(data, noise, condition=condition, scope="global", **case.all_options)
+    return {**told(coupled), "received": record.received}
 
 
 def told(coupled):
@@ -85,5 +87,4 @@ def told(coupled):
         "cost_before": coupled.cost_before.item(),
         "gap": coupled.gap,
         "marginal": coupled.marginal,
-        "received": None if coupled.trace is None else {p.name: p.received for p in coupled.trace.phases},
     }

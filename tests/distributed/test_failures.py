@@ -86,7 +86,6 @@ def one_label_short(call):
         (None, {"method": "greedy"}, {}, "ValueError", "method is"),
         (None, {"metric": "l1"}, {}, "ValueError", "metric is"),
         (None, {"quantize": "int8"}, {}, "ValueError", "quantize is"),
-        (None, {"wire": "bf16"}, {}, "ValueError", "wire is"),
         (None, {"reg": 3.0}, {"method": "sinkhorn"}, "ValueError", "reg is"),
     ],
 )
