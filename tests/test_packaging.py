@@ -30,6 +30,7 @@ def test_public_names_are_exactly_these():
         "MethodInfo",
         "__version__",
         "couple",
+        "lookahead",
         "methods",
         "metrics",
         "quantizers",
