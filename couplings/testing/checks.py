@@ -14,7 +14,8 @@ from torch import Tensor
 
 from couplings._names import unknown
 from couplings._types import Marginal, Needs
-from couplings.assigners.registry import BrokenPromiseError, methods
+from couplings.assigners.method import BrokenPromiseError
+from couplings.assigners.registry import methods
 from couplings.coupling import Coupled, Coupling
 from couplings.testing.statistics import Statistic, directions_to_test, equal_use, mean_differences, zero_mean
 
