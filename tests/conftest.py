@@ -1,4 +1,4 @@
-import os
+"""`--thorough` runs every case and 1000 examples a property; without it a kind is covered by one case of it."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -7,6 +7,23 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", derandomize=True, max_examples=20, database=None, **_COMMON)
+settings.register_profile("fast", derandomize=True, max_examples=10, database=None, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, print_blob=True, **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="run the tests marked thorough and search longer")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: more cases of what other tests cover; runs with --thorough only")
+    settings.load_profile("thorough" if config.getoption("--thorough") else "fast")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--thorough"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]

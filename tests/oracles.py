@@ -3,11 +3,18 @@
 from collections import Counter
 from itertools import permutations
 
+import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
 # Modules that the extras bring.
 MODULES = {"lapjv": "lapjv", "pot": "ot"}
+
+
+def skip_without(info):
+    """Skip the test where a package that the method needs is not installed."""
+    for extra in info.requires:
+        pytest.importorskip(MODULES[extra])
 
 
 def flat(x):

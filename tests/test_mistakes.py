@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from oracles import distances, optimum, paired, same_bits
+from oracles import distances, optimum, paired, same_bits, skip_without
 from scipy.optimize import linear_sum_assignment
 
 import couplings
@@ -29,8 +29,7 @@ def gaussian(*shape, seed=1):
 
 @pytest.mark.parametrize("info", [i for i in couplings.methods() if i.exact], ids=lambda i: i.name)
 def test_inverse_permutation(info):
-    for module in info.requires:
-        pytest.importorskip({"pot": "ot", "lapjv": "lapjv"}[module])
+    skip_without(info)
     data, noise = images(256), gaussian(256, 3, 32, 32)
     coupled = couple(data, noise, info.name)
     found = distance_reduction(data, noise, coupled.noise).reduction

@@ -9,8 +9,14 @@ import torch
 import torch.distributed as dist
 
 from couplings import couple
+from couplings.stages import recorded
 
-UNEVEN = ((7,), (5, 8), (6, 3, 7), (4, 6, 5, 3))
+_UNEVEN = ((7,), (5, 8), (6, 3, 7), (4, 6, 5, 3))
+
+
+def rows_of(world):
+    """Rows of data on each rank: unequal ones."""
+    return _UNEVEN[world.size - 1]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Case:
         return data, noise, condition
 
     @property
+    def all_options(self):
+        return {**self.options, "select": True} if self.spare else self.options
+
+    @property
     def noise_rows(self):
         return tuple(self.candidates * n + self.spare for n in self.rows)
 
@@ -58,14 +68,15 @@ class Case:
 
 def couple_whole(case):
     data, noise, condition = case.batch()
-    return couple(data, noise, condition=condition, **case.options)
+    return couple(data, noise, condition=condition, **case.all_options)
 
 
 def couple_share(case):
     """Couple this rank's share over all ranks; everything in it as NumPy and numbers, to go through a pipe."""
     data, noise, condition = case.share(dist.get_rank())
-    coupled = couple(data, noise, condition=condition, scope="global", **case.options)
-    return told(coupled)
+    with recorded() as record:
+        coupled = couple(data, noise, condition=condition, scope="global", **case.all_options)
+    return {**told(coupled), "received": record.received}
 
 
 def told(coupled):
@@ -76,5 +87,4 @@ def told(coupled):
         "cost_before": coupled.cost_before.item(),
         "gap": coupled.gap,
         "marginal": coupled.marginal,
-        "received": None if coupled.trace is None else {p.name: p.received for p in coupled.trace.phases},
     }

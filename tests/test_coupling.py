@@ -1,11 +1,13 @@
 """Bad input is refused with the type of error that says what kind of mistake it is, and nothing is lost."""
 
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from oracles import same_bits
+from oracles import same_bits, skip_without
 
 import couplings
 from couplings import Coupling, couple
@@ -61,15 +63,15 @@ def unchanged(before, after):
     return np.array_equal(before, after)
 
 
-@pytest.mark.parametrize("method", ["auction", "independent", "sliced", "nearest", "greedy"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_bad_batch_is_refused_and_left_as_it_was(name, method):
+def test_a_bad_batch_is_refused_and_left_as_it_was(name):
     data, noise, error, message = BATCHES[name]
-    before = kept(data), kept(noise)
-    with pytest.raises(error, match=f"(?s){message}"):
-        couple(data, noise, method)
-    assert unchanged(before[0], data)
-    assert unchanged(before[1], noise)
+    for method in ("auction", "independent", "sliced", "nearest", "greedy"):
+        before = kept(data), kept(noise)
+        with pytest.raises(error, match=f"(?s){message}"):
+            couple(data, noise, method)
+        assert unchanged(before[0], data), method
+        assert unchanged(before[1], noise), method
 
 
 CALLS = {
@@ -146,13 +148,23 @@ def test_a_bad_name_is_refused_before_any_batch_arrives(name):
 
 
 @pytest.mark.parametrize("info", couplings.methods(), ids=lambda i: i.name)
-def test_more_noise_than_data_only_where_it_means_something(info):
+def test_more_noise_than_data_is_selected_from_only_if_asked_for(info):
+    skip_without(info)
     noise = torch.cat([Y, Y + 1])
-    if info.name in ("hungarian", "auction", "lapjv", "greedy", "stable", "nearest"):
+    if info.name == "nearest":
         assert couple(X, noise, info.name).marginal == "selected"
+        return
+    selects = info.name in ("hungarian", "auction", "lapjv", "greedy", "stable")
+    with pytest.raises(ValueError, match="(?s)8.*4.*select=True" if selects else f"{info.name}.*8 and 4"):
+        couple(X, noise, info.name)
+    if selects:
+        coupled = couple(X, noise, info.name, select=True)
+        assert coupled.marginal == "selected"
+        assert len(coupled.index.unique()) == 4
+        assert couple(X, Y, info.name, select=True).marginal == "permutation", "as many rows as data are no choice"
     else:
-        with pytest.raises(ValueError, match=f"{info.name}.*8 and 4"):
-            couple(X, noise, info.name)
+        with pytest.raises((TypeError, ValueError), match="select"):
+            couple(X, noise, info.name, select=True)
 
 
 def test_candidates_that_do_not_divide_are_refused():
@@ -163,7 +175,7 @@ def test_candidates_that_do_not_divide_are_refused():
 @pytest.mark.parametrize("condition", [torch.zeros(4).long(), torch.zeros(4, 2)])
 def test_a_condition_needs_as_much_noise_as_data(condition):
     with pytest.raises(ValueError, match=r"condition.*8 and 4"):
-        couple(X, torch.cat([Y, Y]), condition=condition)
+        couple(X, torch.cat([Y, Y]), condition=condition, select=True)
 
 
 def test_overflow_of_the_cost_is_an_error_and_not_a_pairing():
@@ -211,10 +223,122 @@ def test_apply_refuses_what_is_not_tied_to_the_noise():
         coupled.apply([1, 2, 3, 4])
 
 
-def test_coupled_is_frozen():
-    coupled = couple(X, Y)
+def test_coupled_and_coupling_are_frozen():
     with pytest.raises(AttributeError):
-        coupled.noise = Y
+        couple(X, Y).noise = Y
+    with pytest.raises(AttributeError):
+        Coupling().method = "greedy"
+
+
+def test_a_coupled_is_shown_in_one_line_without_its_tensors():
+    shown = repr(couple(torch.randn(256, 3, 8, 8), torch.randn(256, 3, 8, 8)))
+    assert "\n" not in shown
+    assert "tensor(" not in shown
+    assert "permutation" in shown
+    assert "(256, 3, 8, 8)" in shown
+    assert len(shown) < 200
+
+
+@pytest.mark.parametrize("info", couplings.methods(), ids=lambda i: i.name)
+def test_a_gradient_that_the_noise_carries_is_kept(info):
+    skip_without(info)
+    rows = 8 if info.name == "nearest" else 4
+    data = torch.randn(4, 3, requires_grad=True)
+    source = torch.randn(rows, 3, requires_grad=True)
+    coupled = couple(data, 2 * source, info.name)
+    weight = torch.arange(12.0).reshape(4, 3)
+    (coupled.noise * weight).sum().backward()
+    expected = torch.zeros(rows, 3).index_add(0, coupled.index, 2 * weight)
+    assert torch.equal(source.grad, expected)
+    assert data.grad is None
+    assert not coupled.cost.requires_grad
+    assert not couple(data, source.detach(), info.name).noise.requires_grad
+
+
+def test_the_decision_is_made_without_gradients():
+    def method(cost, *, generator=None):
+        assert not torch.is_grad_enabled()
+        assert not cost.requires_grad
+        return torch.arange(len(cost))
+
+    couple(X.clone().requires_grad_(), Y.clone().requires_grad_(), method)
+
+
+def drawn(cost, *, generator=None):
+    return torch.randperm(len(cost), generator=generator)
+
+
+def test_without_a_generator_new_noise_brings_new_draws_and_the_same_noise_the_same():
+    data, noise = torch.randn(64, 3), torch.randn(64, 3)
+    first = couple(data, noise, drawn).index
+    assert torch.equal(couple(data, noise, drawn).index, first)
+    assert torch.equal(couple(data, noise.clone(), drawn).index, first)
+    assert torch.equal(couple(data, noise.T.contiguous().T, drawn).index, first), "whatever its memory layout"
+    assert not torch.equal(couple(data, torch.randn(64, 3), drawn).index, first)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_no_switch_of_the_process_is_touched(precision):
+    saved = torch.get_float32_matmul_precision()
+    seen = []
+
+    def switches():
+        return torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision, list(warnings.filters)
+
+    def metric(x, y):
+        seen.append(switches())
+        return torch.cdist(x, y)
+
+    def method(cost, *, generator=None):
+        seen.append(switches())
+        return torch.arange(len(cost))
+
+    try:
+        torch.set_float32_matmul_precision(precision)
+        before = switches()
+        couple(X, Y, method, metric=metric)
+        assert seen == [before, before]
+        assert switches() == before
+    finally:
+        torch.set_float32_matmul_precision(saved)
+
+
+@pytest.mark.parametrize("name", ["emd", "sinkhorn"])
+def test_the_filters_of_warnings_are_not_replaced(name, monkeypatch):
+    # `warnings.catch_warnings` replaces those of the whole process, for threads beside it too.
+    pytest.importorskip("ot")
+    callers = []
+    original = warnings.catch_warnings
+
+    def watched(*args, **kwargs):
+        callers.append(sys._getframe(1).f_globals["__name__"])
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(warnings, "catch_warnings", watched)
+        couple(torch.randn(8, 3), torch.randn(8, 3), name)
+    assert not [caller for caller in callers if caller.startswith("couplings")]
+
+
+def test_a_coupling_may_be_called_from_several_threads():
+    coupling = Coupling("auction", metric="l2")
+    batches = [(torch.randn(64, 8), torch.randn(64, 8)) for _ in range(8)]
+    expected = [coupling(*batch).index for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for index, coupled in zip(expected, pool.map(lambda batch: coupling(*batch), batches), strict=True):
+            assert torch.equal(coupled.index, index)
+
+
+def test_values_may_go_unchecked():
+    for method in ("auction", "independent", "sliced"):
+        unchecked = couple(X, Y, method, check_finite=False)
+        assert torch.equal(unchecked.index, couple(X, Y, method).index)
+        assert torch.equal(unchecked.cost, couple(X, Y, method).cost)
+
+
+def test_gap_is_a_plain_number():
+    assert type(couple(X, Y).gap) is float
+    assert couple(X, Y, "greedy").gap is None
 
 
 @pytest.mark.parametrize("key", ["methd", "reg"])
