@@ -467,7 +467,7 @@ def _termination() -> Iterator[list[int]]:
         received.append(number)
         # The same signal may end the loading processes. The loader finds out when it waits for one of them; the handler
         # that torch set would raise wherever the training process is, also between two halves of a step.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     previous = signal.signal(signal.SIGTERM, end)
     try:

@@ -61,32 +61,39 @@ def plan(recipe: Recipe, argv: list[str]) -> str:
         If it cannot run as its launch configuration says.
     """
     launcher, machine = launch(recipe)
-    _, accumulation = divide(recipe, machine["num_processes"])
+    train, section, processes = recipe.train, recipe.coupling, machine["num_processes"]
+    batch, rows, accumulation = train.global_batch_size, train.batch_size_per_device, divide(recipe, processes)[1]
     source = expect(recipe)
-    if source.rows is not None and source.rows < recipe.train.global_batch_size:
-        rows = f"{recipe.data.source} has {source.rows:,} rows"
-        msg = f"train.global_batch_size: got {recipe.train.global_batch_size}, but {rows}"
+    if source.rows is not None and source.rows < batch:
+        msg = f"train.global_batch_size: got {batch}, but {recipe.data.source} has {source.rows:,} rows"
         raise RecipeError(msg)
     with torch.device("meta"):
         objective = build_objective(recipe, source, blank=True)
         model = build_model(recipe.model, objective, blank=True)
-    pieces = memory(recipe, objective, model, machine["num_processes"])
-    lines = [
-        ("recipe", f"{recipe.name}: {recipe.objective.name} with {recipe.model.name}, {_shape(source.shape)} images"),
-        ("parameters", _parameters(recipe, objective, model)),
-        ("global batch", f"{recipe.train.global_batch_size} rows a step"),
-        ("device batch", _batch(recipe, machine["num_processes"], accumulation)),
-        ("OT batch", _coupled_rows(recipe)),
-        ("steps", _steps(recipe, source)),
-        ("coupling", _coupling(recipe, objective.shape, accumulation)),
-        ("memory", _memory(pieces)),
-        *(("", f"{size / 2**20:10,.1f} MiB  {name}") for name, size in pieces.items()),
-        ("data", source.place),
-        *(("weights", text) for text in _weights(recipe)),
-        ("output", str(recipe.output)),
-        ("launch", _launch_line(launcher, machine, argv)),
-    ]
-    return "\n".join(f"{name:14}{text}" for name, text in lines)
+    pieces = memory(recipe, objective, model, processes)
+    total = f"{sum(pieces.values()) / 2**30:.1f} GiB per device"
+    rounded = f", operands rounded to {section.quantize}" if section.quantize else ""
+    epochs = "epochs unknown, as is the number of rows"
+    if source.rows is not None:
+        epochs = f"{train.steps / (source.rows // batch):,.1f} epochs of {source.rows // batch:,} steps"
+    told = {
+        "recipe": f"{recipe.name}: {recipe.objective.name} with {recipe.model.name}, {_shape(source.shape)} images",
+        "parameters": _parameters(recipe, objective, model),
+        "global batch": f"{batch} rows a step",
+        "device batch": f"{rows} rows at once: {batch} = {rows} x {processes} x {accumulation} "
+        "(rows at once x processes x accumulated)",
+        "OT batch": f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, "
+        f"{section.metric}{rounded}",
+        "steps": f"{train.steps:,} = {epochs}",
+        "coupling": _coupling(recipe, objective.shape, accumulation),
+        "memory": f"{total}, an estimate; activations, which grow with the rows at once, come on top",
+        **{f"  {name}": f"{size / 2**20:8,.1f} MiB" for name, size in pieces.items()},
+        "data": source.place,
+        **{f"  {name}": place for name, place in _weights(recipe).items()},
+        "output": str(recipe.output),
+        "launch": _launch_line(launcher, machine, argv),
+    }
+    return "\n".join(f"{name:14} {text}" for name, text in told.items())
 
 
 # Machines
@@ -144,11 +151,8 @@ def expect(recipe: Recipe) -> Expected:
     rows = splits.get(data.split, data.rows)
     if rows is not None and data.subset_fraction < 1:
         rows = max(1, round(data.subset_fraction * rows))
-    if kind == "folder" or Path(name).exists():
-        where = f"folder {name}" + ("" if Path(name).is_dir() else " (not there yet)")
-    else:
-        cache = os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser())
-        where = f"https://huggingface.co/datasets/{name} split {data.split}, kept in {cache}"
+    local = kind == "folder" or Path(name).exists()
+    where = f"folder {name}" if local else f"https://huggingface.co/datasets/{name} split {data.split}"
     count = "a number of rows that is not known here" if rows is None else f"{rows:,} rows"
     if data.subset_fraction < 1:
         count += f" ({data.subset_fraction:.0%}, drawn with seed {data.subset_seed})"
@@ -156,32 +160,17 @@ def expect(recipe: Recipe) -> Expected:
     return Expected(shape, [str(i) for i in range(classes)], rows, f"{data.source}: {count}, {where}")
 
 
-def _weights(recipe: Recipe) -> list[str]:
-    found = []
-    if isinstance(recipe.objective, StableDiffusion):
-        found.append(f"autoencoder, text encoder and tokenizer: {_hub(recipe.objective.pretrained)}")
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """Return what a run loads besides its data, and whether it is missing here."""
     pretrained = getattr(recipe.model, "pretrained", None)
-    found.append(f"network: {_hub(pretrained) if pretrained else f'random, from train.seed {recipe.train.seed}'}")
+    found, files = {"network": pretrained or f"random, from train.seed {recipe.train.seed}"}, {}
+    if isinstance(recipe.objective, StableDiffusion):
+        found["pretrained"] = f"{recipe.objective.pretrained}: autoencoder, text encoder and tokenizer"
     if getattr(recipe.objective, "loss", None) == "lpips":
-        source = f"https://download.pytorch.org/models/{lpips.VGG}"
-        found.append(f"LPIPS: {lpips.weights_path()}{_presence(lpips.weights_path(), source)}")
+        files["LPIPS"] = lpips.weights_path()
     if recipe.evaluate.features == "inception":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-        found.append(f"evaluation: {path}{_presence(path, 'torch-fidelity downloads it')}")
-    return found
-
-
-def _presence(path: Path, source: str) -> str:
-    return "" if path.is_file() else f" (missing: {source})"
-
-
-def _hub(name: str) -> str:
-    if name == "tiny-random":
-        return "random and small, made on the spot"
-    if Path(name).is_dir():
-        return f"folder {name}"
-    cache = os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser())
-    return f"https://huggingface.co/{name}, kept in {cache}"
+        files["evaluation"] = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    return found | {name: f"{path}{'' if path.is_file() else ' (missing)'}" for name, path in files.items()}
 
 
 # Numbers
@@ -210,34 +199,10 @@ def _stated(found: int, stated: int | None) -> str:
     return f"{found:,} ({'as stated' if found == stated else f'the recipe states {stated:,}'})"
 
 
-def _batch(recipe: Recipe, processes: int, accumulation: int) -> str:
-    train = recipe.train
-    return (
-        f"{train.batch_size_per_device} rows at once: {train.global_batch_size} = {train.batch_size_per_device} x "
-        f"{processes} x {accumulation} (rows at once x processes x accumulated)"
-    )
-
-
 def coupled_rows(recipe: Recipe) -> int:
     """Return how many rows are coupled together: the OT batch."""
     train = recipe.train
     return train.global_batch_size if recipe.coupling.scope == "global" else train.batch_size_per_device
-
-
-def _coupled_rows(recipe: Recipe) -> str:
-    section = recipe.coupling
-    rounded = f", operands rounded to {section.quantize}" if section.quantize else ""
-    return (
-        f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, {section.metric}{rounded}"
-    )
-
-
-def _steps(recipe: Recipe, source: Expected) -> str:
-    steps = recipe.train.steps
-    if source.rows is None:
-        return f"{steps:,}; epochs unknown, as is the number of rows"
-    per_epoch = source.rows // recipe.train.global_batch_size
-    return f"{steps:,} = {steps / per_epoch:,.1f} epochs of {per_epoch:,} steps"
 
 
 def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats: int = 5) -> str:
@@ -267,28 +232,23 @@ def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: in
     averages, rows, values = 1 + len(recipe.train.further_ema_decays), coupled_rows(recipe), prod(objective.shape)
     noises = rows * candidates(build_coupling(recipe))
     pieces = {
-        "weights, float32": whole,
+        "weights": whole,
         "gradients": trained,
-        f"moments of {recipe.optimizer.name}": 2 * trained,
-        f"averages of the weights ({averages})": whole * averages,
-        "data, noise and their costs": 4 * ((rows + noises) * values + rows * noises),
+        "optimizer": 2 * trained,
+        f"averages ({averages})": whole * averages,
+        "batch, costs": 4 * ((rows + noises) * values + rows * noises),
     }
     if processes > 1:
-        pieces["buckets in which processes exchange gradients"] = trained
+        pieces["DDP buckets"] = trained
     if isinstance(recipe.objective, Consistency) and recipe.objective.variant == "ct":
-        pieces["target network"] = whole
+        pieces["target"] = whole
     if isinstance(recipe.objective, Consistency) and recipe.objective.loss == "lpips":
         with torch.device("meta"):
-            pieces["VGG-16 of LPIPS"] = _size(lpips.Lpips())
+            pieces["VGG-16"] = _size(lpips.Lpips())
     if isinstance(recipe.objective, StableDiffusion):
-        pieces["frozen networks"] = _size(objective)
+        pieces["frozen"] = _size(objective)
     return pieces
 
 
 def _size(network: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
-
-
-def _memory(pieces: dict[str, int]) -> str:
-    total = sum(pieces.values()) / 2**30
-    return f"{total:.1f} GiB per device, an estimate; activations, which grow with the rows at once, come on top"

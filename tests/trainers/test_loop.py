@@ -286,14 +286,13 @@ def test_sigterm_to_a_job_saves_and_exits_0(job, tmp_path, send):
 def test_what_loading_processes_can_no_longer_bring_is_loaded_for_the_last_step(make):
     run, whole = (loop.Run(make("ddim-digits", "--data.workers", "2", folder=name)) for name in ("ended", "whole"))
     expected, others = list(whole.batches()), set(psutil.Process().children())
-    terminated = []
-    batches = run.batches(terminated)
-    found = [next(batches)]
-    terminated.append(signal.SIGTERM)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in set(psutil.Process().children()) - others:
-        worker.kill()
-    found += batches
+    with loop._termination() as terminated:
+        batches = run.batches(terminated)
+        found = [next(batches)]
+        os.kill(os.getpid(), signal.SIGTERM)
+        for worker in set(psutil.Process().children()) - others:
+            worker.kill()
+        found += batches
     assert [batch.labels.tolist() for batch in found] == [batch.labels.tolist() for batch in expected]
 
 
