@@ -206,11 +206,9 @@ class Decoder:
         self.config = config
         # Decoded here rather than by datasets, so that a damaged file can be named and replaced.
         self.table = table.cast_column(self.image, datasets.Image(decode=False))
+        self.shape: tuple[int, ...] | None = None
         first, *_ = self.decode(enumerate(itertools.islice(self.table, 100)))
-        self.shape = tuple(first.shape)
-
-    shape: tuple[int, ...] | None = None
-    """Shape of the first image: all others must have it."""
+        self.shape = tuple(first.shape)  # all others must have it
 
     def decode(self, candidates: Iterable[tuple[int, dict[str, Any]]]) -> tuple[Tensor, int, list[str]]:
         """Return the image and label of the first row that can be read, and what could not be read before it.
