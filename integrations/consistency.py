@@ -101,12 +101,12 @@ class ConsistencyObjective(Objective):
         self.target: nn.Module | None = None
         self.lpips: Lpips | None = None
 
-    def attach(self, model: nn.Module, blank: bool = False) -> None:
+    def attach(self, model: nn.Module) -> None:
         """Take the target network, an average of the trained one (``ct``), and the metric."""
         if self.config.variant == "ct":
             self.target = copy.deepcopy(model).requires_grad_(False)
         if self.config.loss == "lpips":
-            self.lpips = Lpips.blank() if blank else Lpips.pretrained()
+            self.lpips = Lpips.pretrained(self.config.lpips_pooling)
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the target network."""

@@ -7,20 +7,19 @@ import gzip
 import io
 import itertools
 import os
-import signal
 import sys
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .config import Data, RecipeError
 from .randomness import epoch_order
@@ -34,12 +33,11 @@ HUB = {
 }
 
 
-class DataError(RuntimeError):
+class DataError(Exception):
     """Data that cannot be read."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Neighbouring places ``first`` to ``last - 1`` in the order of an epoch."""
 
     epoch: int
@@ -47,9 +45,38 @@ class Piece:
     last: int
 
 
-@dataclass
-class Batch:
-    """Rows of a source.
+@dataclass(frozen=True)
+class Pieces:
+    """Where in their epochs the blocks of a run lie, from one step to another.
+
+    Parameters
+    ----------
+    rows : int
+        Rows of an epoch; what is left over of it after whole steps is not used.
+    batch, size : int
+        Rows of a step and of one of its blocks.
+    blocks : range
+        The blocks of each step that are wanted.
+    steps : range
+        The steps.
+    """
+
+    rows: int
+    batch: int
+    size: int
+    blocks: range
+    steps: range
+
+    def __iter__(self) -> Iterator[Piece]:
+        for step in self.steps:
+            epoch, place = divmod(step, self.rows // self.batch)
+            for block in self.blocks:
+                first = place * self.batch + block * self.size
+                yield Piece(epoch, first, first + self.size)
+
+
+class Batch(NamedTuple):
+    """Rows of a source: a named tuple, so that a ``DataLoader`` can copy its tensors to pinned memory.
 
     Parameters
     ----------
@@ -63,7 +90,7 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[str]
 
 
 class Source(ABC):
@@ -84,12 +111,14 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def scan(self, size: int, workers: int = 0) -> Iterator[Batch]:
-        """Yield all rows in order, ``size`` at a time, loaded by ``workers`` workers."""
+    def blocks(
+        self, pieces: Iterable[Piece], seed: int | None, workers: int = 0, pinned: bool = False
+    ) -> Iterator[Batch]:
+        """Yield the rows of each piece of an epoch, shuffled unless ``seed`` is None, loaded by ``workers`` workers."""
 
-    @abstractmethod
-    def blocks(self, pieces: Iterable[Piece], seed: int, workers: int = 0, pinned: bool = False) -> Iterator[Batch]:
-        """Yield the shuffled rows of each piece of an epoch, loaded by ``workers`` workers."""
+    def scan(self, size: int, workers: int = 0) -> Iterator[Batch]:
+        """Yield all rows in order, ``size`` at a time."""
+        return self.blocks([Piece(0, i, min(i + size, len(self))) for i in range(0, len(self), size)], None, workers)
 
 
 class Images(Source, Dataset[Batch]):
@@ -98,81 +127,25 @@ class Images(Source, Dataset[Batch]):
     @abstractmethod
     def __getitem__(self, rows: list[int]) -> Batch: ...
 
-    def scan(self, size: int, workers: int = 0) -> Iterator[Batch]:
-        """Yield all rows in order, ``size`` at a time, loaded by ``workers`` workers."""
-        yield from self._load((rows.tolist() for rows in torch.arange(len(self)).split(size)), workers)
-
-    def blocks(self, pieces: Iterable[Piece], seed: int, workers: int = 0, pinned: bool = False) -> Iterator[Batch]:
+    def blocks(
+        self, pieces: Iterable[Piece], seed: int | None, workers: int = 0, pinned: bool = False
+    ) -> Iterator[Batch]:
         """Yield the rows of each piece, every epoch in an order of its own."""
-        return self._load(self._shuffled(pieces, seed), workers, pinned)
-
-    def _shuffled(self, pieces: Iterable[Piece], seed: int) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0)
-        for piece in pieces:
-            if piece.epoch != epoch:
-                epoch, order = piece.epoch, epoch_order(seed, piece.epoch, len(self))
-            yield order[piece.first : piece.last].tolist()
-
-    def _load(self, batches: Iterable[list[int]], workers: int, pinned: bool = False) -> Iterator[Batch]:
-        forked = workers > 0 and sys.platform == "linux"
-        loader = DataLoader(
-            _Told(self),
-            sampler=_Given(batches),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=pinned,
-            # Whatever Python's default is: a fork server falls to a signal that it gets too, which ends all that it
-            # has forked, and hides from them that the training process was killed.
-            multiprocessing_context="fork" if forked else None,
-            worker_init_fn=_end_by_parent if forked else None,
-        )
-        for batch in _start(loader) if forked else loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-
-class _Given(Sampler[list[int]]):
-    """Rows decided elsewhere."""
-
-    def __init__(self, batches: Iterable[list[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
-class _Told(Dataset[Any]):
-    """Hands errors over as values: a worker process would bury their text in its traceback."""
-
-    def __init__(self, source: Images) -> None:
-        self.source = source
-
-    def __getitem__(self, rows: list[int]) -> Batch | DataError:
+        # Forked where that is usual, whatever Python's default: a fork server would stand between a training process
+        # that is killed and the loading processes that should end with it.
+        context = "fork" if workers and sys.platform == "linux" else None
+        options = {"num_workers": workers, "multiprocessing_context": context, "pin_memory": pinned}
         try:
-            return self.source[rows]
+            yield from DataLoader(self, batch_size=None, sampler=self._rows(pieces, seed), **options)
         except DataError as error:
-            return error
+            # Of a loading process: its text ends a traceback.
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: ")) from None
 
-
-def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    # A cluster sends SIGTERM to every process of a job: the training process still needs its data to end the step
-    # and save. Loading processes inherit that it is held back, so that no moment of their start is open to it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _end_by_parent(worker: int) -> None:
-    # A training process that fails ends its children with the same signal, and waits for them.
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+    def _rows(self, pieces: Iterable[Piece], seed: int | None) -> Iterator[list[int]]:
+        for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):
+            order = torch.arange(len(self)) if seed is None else epoch_order(seed, epoch, len(self))
+            for piece in group:
+                yield order[piece.first : piece.last].tolist()
 
 
 class ArrayImages(Images):
@@ -200,7 +173,7 @@ class ArrayImages(Images):
 
     def __getitem__(self, rows: list[int]) -> Batch:
         index = torch.as_tensor(rows)
-        return Batch(self.images[index], self.labels[index])
+        return Batch(self.images[index], self.labels[index], [])
 
 
 class Decoder:
@@ -208,8 +181,8 @@ class Decoder:
 
     Parameters
     ----------
-    features : datasets.Features
-        Its columns: one of images and, maybe, one of labels.
+    table : datasets.Dataset or datasets.IterableDataset
+        Has a column of images and, maybe, one of labels.
     config : Data
         How to cut and scale the images, and what to do about unreadable ones.
 
@@ -219,9 +192,10 @@ class Decoder:
         If there is no column of images.
     """
 
-    def __init__(self, features: Any, config: Data) -> None:
+    def __init__(self, table: Any, config: Data) -> None:
         import datasets
 
+        features = table.features or table._resolve_features().features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         if not images:
@@ -230,69 +204,55 @@ class Decoder:
         self.image, self.label = images[0], labels[0] if labels else None
         self.classes: list[str] = list(features[self.label].names) if self.label else [""]
         self.config = config
-        self.shape: tuple[int, ...] = ()
-        self.first: Row
+        # Decoded here rather than by datasets, so that a damaged file can be named and replaced.
+        self.table = table.cast_column(self.image, datasets.Image(decode=False))
+        self.shape: tuple[int, ...] | None = None
+        first, *_ = self.decode(enumerate(itertools.islice(self.table, 100)))
+        self.shape = tuple(first.shape)  # all others must have it
 
-    def measure(self, rows: Iterable[Row]) -> None:
-        """Take the first readable image: all others must have its shape."""
-        for row in itertools.islice(rows, 100):
-            image, _ = self.read(row)
-            if image is not None:
-                self.shape, self.first = tuple(image.shape), row
-                return
-        msg = f"data.source: {self.config.source}: none of the first images can be read"
-        raise DataError(msg)
+    def decode(self, candidates: Iterable[tuple[int, dict[str, Any]]]) -> tuple[Tensor, int, list[str]]:
+        """Return the image and label of the first row that can be read, and what could not be read before it.
 
-    def read(self, row: Row) -> tuple[Tensor | None, str]:
-        """Decode one image, or say why it cannot be done."""
-        entry = row.values[self.image]
-        try:
-            content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                return square(image.convert(self.config.mode), self.config), ""
-        except UnidentifiedImageError:  # its own text names a buffer
-            return None, f"{entry['path'] or 'image'} (row {row.number}): not an image"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return None, f"{entry['path'] or 'image'} (row {row.number}): {error}"
-
-    def decode(self, asked: int, fetch: Callable[[int], Row], count: int) -> tuple[Tensor, int, list[str]]:
-        """Return the image and label of one of ``count`` rows, and what was unreadable on the way.
+        Parameters
+        ----------
+        candidates : iterable of (int, dict)
+            Numbers and values of the row that is asked for and of those that may stand in for it.
 
         Raises
         ------
         DataError
-            If it cannot be read and should not be replaced, or has another shape than the first image.
+            If none can be read, if none should be replaced, or for another shape than that of the first image.
         """
         unreadable: list[str] = []
-        row = fetch(asked)
-        image, error = self.read(row)
-        while image is None:
-            if self.config.on_unreadable == "raise" or len(unreadable) == 100:
-                msg = f"unreadable image: {error}"
+        for number, row in candidates:
+            path = row[self.image]["path"] or "image"
+            try:
+                image = self._open(row[self.image])
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                # The text of an UnidentifiedImageError names a buffer.
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+                unreadable.append(f"{path} (row {number}): {reason}")
+                if self.config.on_unreadable == "raise":
+                    break
+                continue
+            if self.shape not in (None, tuple(image.shape)):
+                found = f"{path} (row {number}) is {tuple(image.shape)}, the first image is {self.shape}"
+                msg = f"{found}: set data.resolution"
                 raise DataError(msg)
-            unreadable.append(error)
-            # Its neighbour, not a random one: the same whoever loads it.
-            row = fetch((asked + len(unreadable)) % count) if len(unreadable) < count else self.first
-            image, error = self.read(row)
-        if tuple(image.shape) != self.shape:
-            found = f"row {row.number} is {tuple(image.shape)}, the first image is {self.shape}"
-            msg = f"{found}: set data.resolution"
-            raise DataError(msg)
-        return image, row.values[self.label] if self.label else 0, unreadable
+            return image, row[self.label] if self.label else 0, unreadable
+        msg = f"unreadable image: {unreadable[-1]}" if unreadable else f"data.source: {self.config.source} has no rows"
+        raise DataError(msg)
+
+    def _open(self, entry: dict[str, Any]) -> Tensor:
+        content = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            return square(image.convert(self.config.mode), self.config)
 
     @staticmethod
     def collate(decoded: Iterable[tuple[Tensor, int, list[str]]]) -> Batch:
         """Make a batch of decoded rows."""
         images, labels, unreadable = zip(*decoded, strict=True)
         return Batch(torch.stack(images), torch.tensor(labels), list(itertools.chain(*unreadable)))
-
-
-@dataclass
-class Row:
-    """An encoded row of a data set, and its number there."""
-
-    number: int
-    values: dict[str, Any]
 
 
 class FileImages(Images):
@@ -307,22 +267,85 @@ class FileImages(Images):
     """
 
     def __init__(self, table: Any, config: Data) -> None:
-        import datasets
-
-        self.decoder = Decoder(table.features, config)
-        # Decoded here rather than by datasets, so that a damaged file can be named and replaced.
-        self.table = table.cast_column(self.decoder.image, datasets.Image(decode=False))
-        self.decoder.measure(map(self._row, range(len(table))))
+        self.decoder = Decoder(table, config)
         self.shape, self.classes = self.decoder.shape, self.decoder.classes
 
     def __len__(self) -> int:
-        return len(self.table)
-
-    def _row(self, number: int) -> Row:
-        return Row(number, self.table[number])
+        return len(self.decoder.table)
 
     def __getitem__(self, rows: list[int]) -> Batch:
-        return Decoder.collate(self.decoder.decode(row, self._row, len(self)) for row in rows)
+        return Decoder.collate(self.decoder.decode(self._from(row)) for row in rows)
+
+    def _from(self, row: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        # A damaged image is replaced by its neighbour, not by a random one: the same whoever loads it.
+        for number in range(row, row + 100):
+            yield number % len(self), self.decoder.table[number % len(self)]
+
+
+class StreamedImages(Source):
+    """Encoded images of a ``datasets.IterableDataset``, shuffled by ``datasets`` in a buffer, anew every epoch.
+
+    Every process reads the whole stream and decodes its own rows, so that the order does not depend on the number of
+    processes; one that resumes passes over what the epoch has had, without decoding it. The stream's own
+    ``state_dict`` would lose the rows that were in the buffer.
+
+    Parameters
+    ----------
+    table : datasets.IterableDataset
+        Has a column of images and, maybe, one of labels.
+    config : Data
+        How to cut, scale and shuffle them.
+
+    Raises
+    ------
+    RecipeError
+        If the number of rows is unknown.
+    """
+
+    def __init__(self, table: Any, config: Data) -> None:
+        described = (table.info.splits or {}).get(str(table.split))
+        self._rows = config.rows or (described.num_examples if described else None)
+        if not self._rows:
+            found = f"got null, but {config.source} does not say how many rows it has"
+            msg = f"data.rows: {found}; expected their number"
+            raise RecipeError(msg)
+        self.decoder = Decoder(table, config)
+        self.shape, self.classes = self.decoder.shape, self.decoder.classes
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def blocks(
+        self, pieces: Iterable[Piece], seed: int | None, workers: int = 0, pinned: bool = False
+    ) -> Iterator[Batch]:
+        """Yield the rows of each piece, the next one being read and decoded by ``workers`` threads meanwhile."""
+        # Not in a process of a DataLoader: there datasets shuffles in another order.
+        with ThreadPoolExecutor(max(1, workers)) as decoders, ThreadPoolExecutor(1) as reader:
+            batches = self._read(pieces, seed, decoders)
+            pending = reader.submit(next, batches, None)
+            while (batch := pending.result()) is not None:
+                pending = reader.submit(next, batches, None)
+                yield batch._replace(images=batch.images.pin_memory()) if pinned else batch
+
+    def _read(self, pieces: Iterable[Piece], seed: int | None, decoders: Executor) -> Iterator[Batch]:
+        for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):
+            table = self.decoder.table
+            if seed is not None:
+                # From one file at a time: threads that read several end seconds after the last row.
+                size = self.decoder.config.shuffle_buffer
+                table = table.shuffle(seed=seed, buffer_size=size, max_buffer_input_shards=1)
+                table.set_epoch(epoch)
+            rows, place = enumerate(table), 0
+            for piece in group:
+                block = list(itertools.islice(rows, piece.first - place, piece.last - place))
+                place = piece.last
+                if len(block) < piece.last - piece.first:
+                    end = f"{self.decoder.config.source} ended before its row {piece.first + len(block)}"
+                    msg = f"data.rows: {end}: expected the number of its rows"
+                    raise DataError(msg)
+                # A damaged image is replaced by the next of its block, the same whoever loads it.
+                candidates = (block[i:] + block[:i] for i in range(len(block)))
+                yield Decoder.collate(decoders.map(self.decoder.decode, candidates))
 
 
 def square(image: Image.Image, config: Data) -> Tensor:
@@ -375,15 +398,10 @@ def load_source(config: Data) -> Source:
         msg = f"data.resolution: got {config.resolution}, but the images of {config.source} are {height} x {width}"
         raise RecipeError(msg)
     if isinstance(source, Images) and config.subset_fraction < 1:
-        source = Subset(source, subset(config, len(source)))
+        generator = torch.Generator().manual_seed(config.subset_seed)
+        count = max(1, round(config.subset_fraction * len(source)))
+        source = Subset(source, torch.randperm(len(source), generator=generator)[:count].sort().values)
     return source
-
-
-def subset(config: Data, rows: int) -> Tensor:
-    """Return the numbers of the rows that a recipe uses of ``rows``, ascending."""
-    generator = torch.Generator().manual_seed(config.subset_seed)
-    count = max(1, round(config.subset_fraction * rows))
-    return torch.randperm(rows, generator=generator)[:count].sort().values
 
 
 def _digits() -> ArrayImages:
@@ -446,11 +464,7 @@ def _hub(config: Data, kind: str, place: str) -> Source:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         msg = f"data.source: cannot open {config.source}: {error}"
         raise DataError(msg) from error
-    if config.streaming:
-        from .streaming import StreamedImages
-
-        return StreamedImages(table, config, local=kind == "folder" or Path(place).is_dir())
-    return FileImages(table, config)
+    return StreamedImages(table, config) if config.streaming else FileImages(table, config)
 
 
 def _open(config: Data, kind: str, place: str) -> Any:

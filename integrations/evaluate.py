@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .config import RecipeError
-from .sample import overrides, parse, parser
+from .sample import overrides, parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument(
         "--output", type=Path, help="JSONL file to append to (default: evaluation.jsonl in the run's folder)"
     )
-    arguments, further = parse(options, argv)
+    arguments, further = options.parse_known_args(argv)
     if arguments.features is not None:
         further += ["--evaluate.features", arguments.features]
 

@@ -1,8 +1,8 @@
 """The LPIPS distance of images (arXiv 1801.03924) in plain PyTorch.
 
-The usual packages need torchvision, which has to match the installed PyTorch; the distance itself is
-thirteen convolutions. As in the released consistency training, images are scaled to 224 pixels and
-VGG's max pooling is replaced by average pooling.
+The usual packages need torchvision, which has to match the installed PyTorch; the distance itself is thirteen
+convolutions. As in the released consistency trainings, images are scaled to 224 pixels. Of these, the one in JAX
+(CIFAR-10) keeps VGG's max pooling and the one in PyTorch (64 pixels) replaces it by average pooling.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
+
+from .config import RecipeError
 
 VGG = "vgg16-397923af.pth"
 """torchvision's weights of VGG-16, looked for in ``torch.hub.get_dir()/checkpoints``."""
@@ -26,67 +28,58 @@ def weights_path() -> Path:
 
 
 class Lpips(nn.Module):
-    """LPIPS with VGG-16.
+    """LPIPS with VGG-16; `pretrained` gives it weights.
 
     Parameters
     ----------
-    vgg : dict of Tensor
-        Weights by torchvision's names (``features.0.weight``, ...); the classifier's are not needed.
-    linear : sequence of Tensor
-        The five learned channel weights, each ``(1, c, 1, 1)``.
+    pooling : {"max", "average"}
+        Pooling between the stages of VGG-16.
     side : int
         Images of less than 256 pixels are scaled to this side in pixels.
     """
 
-    def __init__(self, vgg: dict[str, Tensor], linear: list[Tensor], side: int = 224) -> None:
+    def __init__(self, pooling: str = "max", side: int = 224) -> None:
         super().__init__()
-        self.side = side
-        self.stages = nn.ModuleList()
-        width, number = 3, 0
+        self.side, self.pool = side, {"max": F.max_pool2d, "average": F.avg_pool2d}[pooling]
+        self.stages, width = nn.ModuleList(), 3
         for stage in _STAGES:
             layers: list[nn.Module] = []
             for following in stage:
-                conv = nn.Conv2d(width, following, 3, padding=1)
-                conv.load_state_dict({key: vgg[f"features.{number}.{key}"] for key in ("weight", "bias")})
-                layers += [conv, nn.ReLU()]
-                width, number = following, number + 2
+                layers += [nn.Conv2d(width, following, 3, padding=1), nn.ReLU()]
+                width = following
             self.stages.append(nn.Sequential(*layers))
-            number += 1  # the pooling
-        self.linear = nn.ParameterList([nn.Parameter(weight.clone()) for weight in linear])
+        self.linear = nn.ParameterList(torch.zeros(1, stage[-1], 1, 1) for stage in _STAGES)
         # ImageNet's mean and deviation, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
         self.requires_grad_(False)
 
     @classmethod
-    def pretrained(cls) -> Lpips:
-        """Load VGG-16 from PyTorch's hub folder and the learned weights that torchmetrics ships.
+    def pretrained(cls, pooling: str = "max") -> Lpips:
+        """Load VGG-16 from PyTorch's hub folder and the learned channel weights that torchmetrics ships.
 
         Raises
         ------
-        FileNotFoundError
+        RecipeError
             Naming the file to put there.
         """
         path = weights_path()
         if not path.is_file():
             msg = f"objective.loss: lpips needs {path}: get https://download.pytorch.org/models/{VGG}, or use l2"
-            raise FileNotFoundError(msg)
-        vgg = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            raise RecipeError(msg)
+        vgg = torch.load(path, map_location="cpu", weights_only=True)
         learned = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
         linear = torch.load(learned, map_location="cpu", weights_only=True)
-        return cls(vgg, [linear[f"lin{i}.model.1.weight"] for i in range(len(_STAGES))])
-
-    @classmethod
-    def blank(cls) -> Lpips:
-        """Make one with weights of zeros: to see how much memory it takes."""
-        vgg, width, number = {}, 3, 0
-        for stage in _STAGES:
-            for following in stage:
-                vgg[f"features.{number}.weight"] = torch.zeros(following, width, 3, 3)
-                vgg[f"features.{number}.bias"] = torch.zeros(following)
-                width, number = following, number + 2
-            number += 1  # the pooling
-        return cls(vgg, [torch.zeros(1, stage[-1], 1, 1) for stage in _STAGES])
+        network = cls(pooling)
+        # torchvision numbers all layers, the convolutions among them: features.0, 2, 5, 7, 10, ...
+        keys = [key for key in vgg if key.startswith("features.") and key.endswith(".weight")]
+        numbers = sorted(int(key.split(".")[1]) for key in keys)
+        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        for number, convolution in zip(numbers, convolutions, strict=True):
+            convolution.load_state_dict({key: vgg[f"features.{number}.{key}"] for key in ("weight", "bias")})
+        for i, weight in enumerate(network.linear):
+            weight.copy_(linear[f"lin{i}.model.1.weight"])
+        return network
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the activations of the five stages, each of unit length over its channels."""
@@ -96,7 +89,7 @@ class Lpips(nn.Module):
         x = (x - self.shift) / self.scale
         found = []
         for i, stage in enumerate(self.stages):
-            x = stage(F.avg_pool2d(x, 2) if i else x)
+            x = stage(self.pool(x, 2) if i else x)
             activations = x.float()  # squares overflow in half precision
             found.append(activations / (activations.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found

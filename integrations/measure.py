@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from . import checkpoint, config
 from .averages import group
-from .config import Recipe
+from .build import build_objective
+from .config import Recipe, RecipeError
 from .data import Source, load_source, to_signed, to_uint8
 from .features import Classifier, Inception, train_classifier
 from .models import build_model
 from .objective import Objective
-from .objectives import build_objective
 from .randomness import address
 
 KID_IMAGES = 10_000
@@ -57,7 +58,17 @@ def find(path: Path) -> checkpoint.Checkpoint:
 
 
 def load_trained(path: Path, overrides: list[str] | None = None) -> Trained:
-    """Load a checkpoint for sampling, with its recipe's fields overridden as on the command line."""
+    """Load a checkpoint for sampling, with its recipe's fields overridden as on the command line.
+
+    Raises
+    ------
+    RecipeError
+        For an override that cannot be, and under a launcher: its processes would all write the same results.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        msg = f"got WORLD_SIZE {processes}, expected one process: sample and evaluate without a launcher"
+        raise RecipeError(msg)
     found = find(path)
     recipe = config.load([str(found.folder / "recipe.yaml"), *(overrides or [])])
     recipe.output = found.folder.parent.parent  # wherever the run has been moved since

@@ -67,11 +67,8 @@ class Objective(nn.Module, ABC):
     def loss(self, model: nn.Module, data: Tensor, noise: Tensor, draws: Draws, **context: Any) -> Tensor:
         """Return the ``(n,)`` losses of a block, in float32."""
 
-    def attach(self, model: nn.Module, blank: bool = False) -> None:
-        """Meet the network before training: an objective that needs a copy of it takes one here.
-
-        ``blank`` gives further networks weights of no meaning, where only their sizes matter.
-        """
+    def attach(self, model: nn.Module) -> None:
+        """Meet the network before training: an objective that needs a copy of it takes one here."""
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks that belong in a checkpoint beside the trained one."""

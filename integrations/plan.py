@@ -1,7 +1,6 @@
 """What a run would be and need, without training, a GPU, the data or the network: ``--plan``.
 
-Sizes are counted on networks without memory; the memory of a step is that of the tensors alive while the
-objective's own loss and its gradient run on tensors that have a shape and no content.
+Parameters are counted on networks without memory; the memory of a device is arithmetic on them.
 """
 
 from __future__ import annotations
@@ -11,30 +10,21 @@ import os
 import shlex
 import statistics
 import time
-import warnings
-import weakref
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch import nn
 
 from . import lpips
-from .config import LAUNCH, ConditionUnet, Recipe, RecipeError, StableDiffusion
+from .build import build_coupling, build_objective, candidates, divide
+from .config import LAUNCH, Consistency, Recipe, RecipeError, StableDiffusion
 from .data import HUB, load_source
 from .features import INCEPTION
-from .loop import build_coupling, divide
 from .models import build_model
 from .objective import Objective
-from .objectives import build_objective
-from .randomness import Draws
-
-DEVICES = (24, 48, 80)
-"""GiB of the GPUs in use: A5000, A6000, A800."""
 
 # Rows and classes by the data sets' cards.
 KNOWN = {
@@ -71,33 +61,39 @@ def plan(recipe: Recipe, argv: list[str]) -> str:
         If it cannot run as its launch configuration says.
     """
     launcher, machine = launch(recipe)
-    blocks, accumulation = divide(recipe, machine["num_processes"])
+    train, section, processes = recipe.train, recipe.coupling, machine["num_processes"]
+    batch, rows, accumulation = train.global_batch_size, train.batch_size_per_device, divide(recipe, processes)[1]
     source = expect(recipe)
-    if source.rows is not None and source.rows < recipe.train.global_batch_size:
-        rows = f"{recipe.data.source} has {source.rows:,} rows"
-        msg = f"train.global_batch_size: got {recipe.train.global_batch_size}, but {rows}"
+    if source.rows is not None and source.rows < batch:
+        msg = f"train.global_batch_size: got {batch}, but {recipe.data.source} has {source.rows:,} rows"
         raise RecipeError(msg)
-    with Sizes(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying a network does
+    with torch.device("meta"):
         objective = build_objective(recipe, source, blank=True)
-        model = build_model(unloaded(recipe.model), objective)
-        pieces = memory(recipe, objective, model, machine["num_processes"])
-    lines = [
-        ("recipe", f"{recipe.name}: {recipe.objective.name} with {recipe.model.name}, {_shape(source.shape)} images"),
-        ("parameters", _parameters(recipe, objective, model)),
-        ("global batch", f"{recipe.train.global_batch_size} rows a step"),
-        ("device batch", _batch(recipe, machine["num_processes"], accumulation)),
-        ("OT batch", _coupled_rows(recipe)),
-        ("steps", _steps(recipe, source)),
-        ("coupling", _coupling(recipe, objective.shape, blocks, accumulation)),
-        ("memory", _memory(pieces)),
-        *(("", f"{size / 2**20:10,.1f} MiB  {name}") for name, size in pieces.items()),
-        ("data", source.place),
-        *(("weights", text) for text in _weights(recipe)),
-        ("output", str(recipe.output)),
-        ("launch", _launch_line(launcher, machine, argv)),
-    ]
-    return "\n".join(f"{name:14}{text}" for name, text in lines)
+        model = build_model(recipe.model, objective, blank=True)
+    pieces = memory(recipe, objective, model, processes)
+    total = f"{sum(pieces.values()) / 2**30:.1f} GiB per device"
+    rounded = f", operands rounded to {section.quantize}" if section.quantize else ""
+    epochs = "epochs unknown, as is the number of rows"
+    if source.rows is not None:
+        epochs = f"{train.steps / (source.rows // batch):,.1f} epochs of {source.rows // batch:,} steps"
+    told = {
+        "recipe": f"{recipe.name}: {recipe.objective.name} with {recipe.model.name}, {_shape(source.shape)} images",
+        "parameters": _parameters(recipe, objective, model),
+        "global batch": f"{batch} rows a step",
+        "device batch": f"{rows} rows at once: {batch} = {rows} x {processes} x {accumulation} "
+        "(rows at once x processes x accumulated)",
+        "OT batch": f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, "
+        f"{section.metric}{rounded}",
+        "steps": f"{train.steps:,} = {epochs}",
+        "coupling": _coupling(recipe, objective.shape, accumulation),
+        "memory": f"{total}, an estimate; activations, which grow with the rows at once, come on top",
+        **{f"  {name}": f"{size / 2**20:8,.1f} MiB" for name, size in pieces.items()},
+        "data": source.place,
+        **{f"  {name}": place for name, place in _weights(recipe).items()},
+        "output": str(recipe.output),
+        "launch": _launch_line(launcher, machine, argv),
+    }
+    return "\n".join(f"{name:14} {text}" for name, text in told.items())
 
 
 # Machines
@@ -155,11 +151,8 @@ def expect(recipe: Recipe) -> Expected:
     rows = splits.get(data.split, data.rows)
     if rows is not None and data.subset_fraction < 1:
         rows = max(1, round(data.subset_fraction * rows))
-    if kind == "folder" or Path(name).exists():
-        where = f"folder {name}" + ("" if Path(name).is_dir() else " (not there yet)")
-    else:
-        cache = os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser())
-        where = f"https://huggingface.co/datasets/{name} split {data.split}, kept in {cache}"
+    local = kind == "folder" or Path(name).exists()
+    where = f"folder {name}" if local else f"https://huggingface.co/datasets/{name} split {data.split}"
     count = "a number of rows that is not known here" if rows is None else f"{rows:,} rows"
     if data.subset_fraction < 1:
         count += f" ({data.subset_fraction:.0%}, drawn with seed {data.subset_seed})"
@@ -167,44 +160,17 @@ def expect(recipe: Recipe) -> Expected:
     return Expected(shape, [str(i) for i in range(classes)], rows, f"{data.source}: {count}, {where}")
 
 
-def _weights(recipe: Recipe) -> list[str]:
-    found = []
-    if isinstance(recipe.objective, StableDiffusion):
-        found.append(f"autoencoder, text encoder and tokenizer: {_hub(recipe.objective.pretrained)}")
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """Return what a run loads besides its data, and whether it is missing here."""
     pretrained = getattr(recipe.model, "pretrained", None)
-    found.append(f"network: {_hub(pretrained) if pretrained else f'random, from train.seed {recipe.train.seed}'}")
+    found, files = {"network": pretrained or f"random, from train.seed {recipe.train.seed}"}, {}
+    if isinstance(recipe.objective, StableDiffusion):
+        found["pretrained"] = f"{recipe.objective.pretrained}: autoencoder, text encoder and tokenizer"
     if getattr(recipe.objective, "loss", None) == "lpips":
-        source = f"https://download.pytorch.org/models/{lpips.VGG}"
-        found.append(f"LPIPS: {lpips.weights_path()}{_presence(lpips.weights_path(), source)}")
+        files["LPIPS"] = lpips.weights_path()
     if recipe.evaluate.features == "inception":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-        found.append(f"evaluation: {path}{_presence(path, 'torch-fidelity downloads it')}")
-    return found
-
-
-def _presence(path: Path, source: str) -> str:
-    return "" if path.is_file() else f" (missing: {source})"
-
-
-def _hub(name: str) -> str:
-    if name == "tiny-random":
-        return "random and small, made on the spot"
-    if Path(name).is_dir():
-        return f"folder {name}"
-    cache = os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser())
-    return f"https://huggingface.co/{name}, kept in {cache}"
-
-
-def unloaded(config: Any) -> Any:
-    """Return a network's section without the weights that it starts from."""
-    if not isinstance(config, ConditionUnet) or config.pretrained is None:
-        return config
-    from .stable_diffusion import VERSION_1
-
-    if config.pretrained not in VERSION_1:
-        msg = f"model.pretrained: the sizes of {config.pretrained!r} are not known here, only those of {VERSION_1}"
-        raise RecipeError(msg)
-    return ConditionUnet()  # its defaults are version 1's
+        files["evaluation"] = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    return found | {name: f"{path}{'' if path.is_file() else ' (missing)'}" for name, path in files.items()}
 
 
 # Numbers
@@ -233,44 +199,25 @@ def _stated(found: int, stated: int | None) -> str:
     return f"{found:,} ({'as stated' if found == stated else f'the recipe states {stated:,}'})"
 
 
-def _batch(recipe: Recipe, processes: int, accumulation: int) -> str:
+def coupled_rows(recipe: Recipe) -> int:
+    """Return how many rows are coupled together: the OT batch."""
     train = recipe.train
-    return (
-        f"{train.batch_size_per_device} rows at once: {train.global_batch_size} = {train.batch_size_per_device} x "
-        f"{processes} x {accumulation} (rows at once x processes x accumulated)"
-    )
+    return train.global_batch_size if recipe.coupling.scope == "global" else train.batch_size_per_device
 
 
-def _coupled_rows(recipe: Recipe) -> str:
-    section, train = recipe.coupling, recipe.train
-    rows = train.global_batch_size if section.scope == "global" else train.batch_size_per_device
-    rounded = f", operands rounded to {section.quantize}" if section.quantize else ""
-    return f"{rows} rows coupled together ({section.scope}) by {section.method}, {section.metric}{rounded}"
-
-
-def _steps(recipe: Recipe, source: Expected) -> str:
-    steps = recipe.train.steps
-    if source.rows is None:
-        return f"{steps:,}; epochs unknown, as is the number of rows"
-    per_epoch = source.rows // recipe.train.global_batch_size
-    return f"{steps:,} = {steps / per_epoch:,.1f} epochs of {per_epoch:,} steps"
-
-
-def _coupling(recipe: Recipe, shape: tuple[int, ...], blocks: int, accumulation: int, repeats: int = 5) -> str:
+def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats: int = 5) -> str:
     """Measure the coupling of one step on this machine's processor."""
-    coupling = build_coupling(dataclasses.replace(recipe, coupling=dataclasses.replace(recipe.coupling, scope="local")))
-    pooled = recipe.coupling.scope == "global"
-    rows = recipe.train.global_batch_size if pooled else recipe.train.batch_size_per_device
-    times = 1 if pooled else accumulation
-    candidates = coupling.options.get("k") or 4 if coupling.method == "nearest" else 1
-    generator = torch.Generator().manual_seed(0)
+    pooled, rows = recipe.coupling.scope == "global", coupled_rows(recipe)
+    alone = dataclasses.replace(recipe, coupling=dataclasses.replace(recipe.coupling, scope="local"))
+    coupling, generator = build_coupling(alone), torch.Generator().manual_seed(0)
     data = torch.rand(rows, *shape, generator=generator) * 2 - 1
-    noise = torch.randn(candidates * rows, *shape, generator=generator)
+    noise = torch.randn(rows * candidates(coupling), *shape, generator=generator)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         coupling(data, noise)
         seconds.append(time.perf_counter() - start)
+    times = 1 if pooled else accumulation
     milliseconds = 1000 * statistics.median(seconds[1:]) * times
     told = "the exchange between processes not counted" if pooled else "the matrix product is faster on a GPU"
     return (
@@ -279,96 +226,29 @@ def _coupling(recipe: Recipe, shape: tuple[int, ...], blocks: int, accumulation:
     )
 
 
-# Memory
-
-
-class Sizes(FakeTensorMode):
-    """Tensors with a shape and no content, in networks that can be copied."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sizes:
-        """Stay one: the tensors of two modes do not mix."""
-        return self
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and take note of what it made."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
-                storage = tensor.untyped_storage()
-                self._known.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._drop, storage.nbytes())
-        return out
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
-
-
 def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: int) -> dict[str, int]:
-    """Return the bytes of everything that a device holds in a step; to be called with fake tensors.
-
-    ``model`` and ``objective`` are given gradients and networks as before training.
-    """
-    train = recipe.train
-    objective.attach(model, blank=True)
-    model.train()
-    if train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    whole = sum(p.nbytes for p in model.parameters())
-    further = sum(p.nbytes for p in objective.parameters())
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    return {
-        "weights, float32": whole,
+    """Return the bytes that a device holds in a step, activations aside."""
+    whole, trained = _size(model), sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    averages, rows, values = 1 + len(recipe.train.further_ema_decays), coupled_rows(recipe), prod(objective.shape)
+    noises = rows * candidates(build_coupling(recipe))
+    pieces = {
+        "weights": whole,
         "gradients": trained,
-        **({"buckets in which processes exchange gradients": trained} if processes > 1 else {}),
-        f"moments of {recipe.optimizer.name}": 2 * trained,
-        f"averages of the weights ({1 + len(train.further_ema_decays)})": whole * (1 + len(train.further_ema_decays)),
-        **({"frozen networks and target": further} if further else {}),
-        "activations, at most at one time": _activations(recipe, objective, model),
+        "optimizer": 2 * trained,
+        f"averages ({averages})": whole * averages,
+        "batch, costs": 4 * ((rows + noises) * values + rows * noises),
     }
-
-
-def _activations(recipe: Recipe, objective: Objective, model: nn.Module) -> int:
-    rows, precision = recipe.train.batch_size_per_device, recipe.train.mixed_precision
-    draws = Draws(0, 0, 0, 1, torch.device("cpu"))
-    labels = torch.zeros(rows, dtype=torch.int64)
-    context: dict[str, Any] = {"labels": labels}
-    peak = 0
+    if processes > 1:
+        pieces["DDP buckets"] = trained
+    if isinstance(recipe.objective, Consistency) and recipe.objective.variant == "ct":
+        pieces["target"] = whole
+    if isinstance(recipe.objective, Consistency) and recipe.objective.loss == "lpips":
+        with torch.device("meta"):
+            pieces["VGG-16"] = _size(lpips.Lpips())
     if isinstance(recipe.objective, StableDiffusion):
-        side = objective.shape[1] * 2 ** (len(objective.vae.config.block_out_channels) - 1)
-        images = torch.empty(rows, objective.image_channels, side, side)
-        with Alive() as encoding:
-            objective.encode(images, None)
-        peak = encoding.peak
-        tokens = objective.text_encoder.config.max_position_embeddings
-        context["captions"] = torch.empty(rows, tokens, objective.caption_width)
-    data = torch.empty(rows, *objective.shape)
-    noise = torch.empty_like(data)
-    # bfloat16 stands for fp16 too: the sizes are the same.
-    with Alive() as step:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
-            loss = objective.loss(model, data, noise, draws, **context).mean()
-        loss.backward()
-    return max(peak, step.peak) + data.nbytes + noise.nbytes
+        pieces["frozen"] = _size(objective)
+    return pieces
 
 
-def _memory(pieces: dict[str, int]) -> str:
-    total = sum(pieces.values()) / 2**30
-    fits = ", ".join(f"{size} GB: {'fits' if total < 0.92 * size else 'too small'}" for size in DEVICES)
-    return (
-        f"{total:.1f} GiB per device, estimated by counting tensors. {fits} (8% kept free for CUDA itself, workspaces "
-        "and fragmentation, which are not counted)"
-    )
+def _size(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())

@@ -47,10 +47,13 @@ class Draws:
     blocks: int
     device: torch.device
 
+    def address(self, purpose: str) -> int:
+        """Return the seed for ``purpose``: one of `PURPOSES`."""
+        return address(self.seed, self.step, self.block, self.blocks, purpose)
+
     def generator(self, purpose: str, device: torch.device | None = None) -> torch.Generator:
         """Return a fresh generator for ``purpose``: one of `PURPOSES`."""
-        seed = address(self.seed, self.step, self.block, self.blocks, purpose)
-        return torch.Generator(device or self.device).manual_seed(seed)
+        return torch.Generator(device or self.device).manual_seed(self.address(purpose))
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Draw the block's noise."""

@@ -7,7 +7,6 @@ import itertools
 import sys
 from pathlib import Path
 
-from . import config
 from .config import RecipeError
 
 GRID = 64
@@ -19,12 +18,11 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog=f"python -m integrations.{program}",
         description=description,
-        epilog="Any field of the checkpoint's recipe can be overridden too: CHECKPOINT --help lists them.\n\n"
-        + config.describe("evaluate", config.Evaluate),
+        epilog="Any field of the checkpoint's recipe can be overridden too, as --evaluate.batch_size 100:\n"
+        "python -m integrations.train CHECKPOINT/recipe.yaml --help lists them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+        allow_abbrev=False,
     )
-    options.add_argument("-h", "--help", action="store_true", help="show this, and the fields of CHECKPOINT's recipe")
     options.add_argument(
         "checkpoint",
         type=Path,
@@ -47,19 +45,6 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         "--seed", type=int, metavar="N", help="seed of the noise (default: the recipe's evaluate.seed)"
     )
     return options
-
-
-def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options and further overrides of the recipe; ``--help`` shows both and ends the program."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        options.print_help()
-        folders = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
-        for recipe in (folder / "recipe.yaml" for folder in folders):
-            if recipe.is_file():
-                config.load_or_exit([str(recipe), "--help"], options.prog)
-        raise SystemExit(0)
-    return options.parse_known_args(argv)
 
 
 def overrides(arguments: argparse.Namespace, further: list[str]) -> list[str]:
@@ -86,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument(
         "--output", type=Path, help="folder of the results (default: samples/step-<N> in the run's folder)"
     )
-    arguments, further = parse(options, argv)
+    arguments, further = options.parse_known_args(argv)
 
     import numpy as np
     import torch

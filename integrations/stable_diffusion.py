@@ -20,7 +20,7 @@ from .config import RecipeError, StableDiffusion
 from .data import Source
 from .ddim import DiffusionObjective
 from .export import save_pipeline
-from .models import align
+from .models import VERSION_1, align
 from .objective import Generators, Mixed
 from .randomness import Draws
 
@@ -35,11 +35,7 @@ SCHEDULE = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
-# The frozen networks of Stable Diffusion 1.x, and who publishes them.
-VERSION_1 = (
-    *(f"CompVis/stable-diffusion-v1-{minor}" for minor in range(1, 5)),
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-)
+# The frozen networks of Stable Diffusion 1.x.
 AUTOENCODER = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -89,7 +85,7 @@ class StableDiffusionObjective(DiffusionObjective):
     source : Source
         Its images are encoded, the names of its classes are the captions.
     blank : bool
-        Build the frozen networks of a known pipeline without its weights, to count and measure them.
+        Build the frozen networks of a known pipeline without its weights, to count them.
     """
 
     pipeline_name = "StableDiffusionPipeline"
@@ -97,7 +93,10 @@ class StableDiffusionObjective(DiffusionObjective):
 
     def __init__(self, config: StableDiffusion, source: Source, *, blank: bool = False) -> None:
         self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type=config.prediction)
-        vae, text_encoder, tokenizer = blank_frozen(config) if blank else load_frozen(config)
+        vae, text_encoder, tokenizer = (blank_frozen if blank else load_frozen)(config)
+        for network in (vae, text_encoder):
+            nn.Module.to(network, DTYPES[config.frozen_precision])  # diffusers' own warns
+            align(network.eval().requires_grad_(False))
         channels, height, width = source.shape
         if config.caption == "class" and source.classes == [""]:
             msg = "objective.caption: got 'class', but the data has no names of classes: expected empty"
@@ -229,31 +228,20 @@ def blank_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel,
     elif name in VERSION_1:
         vae, text = AUTOENCODER, CLIPTextConfig(**TEXT)
     else:
-        msg = (
-            f"objective.pretrained: the sizes of {name!r} are not known here; expected a local folder, tiny-random or "
-            f"one of {', '.join(VERSION_1)}"
-        )
+        expected = f"a local folder, tiny-random or one of {', '.join(VERSION_1)}"
+        msg = f"objective.pretrained: the sizes of {name!r} are not known here; expected {expected}"
         raise RecipeError(msg)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[config.frozen_precision])  # tensors without content cannot be converted in place
-    try:
-        networks = AutoencoderKL.from_config(vae), CLIPTextModel(text)
-    finally:
-        torch.set_default_dtype(usual)
-    return *(network.eval().requires_grad_(False) for network in networks), None
+    return AutoencoderKL.from_config(vae), CLIPTextModel(text), None
 
 
 def load_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
-    """Load the autoencoder, the text encoder and the tokenizer, all frozen."""
+    """Load the autoencoder, the text encoder and the tokenizer."""
     name, dtype = config.pretrained, DTYPES[config.frozen_precision]
     if name == "tiny-random":
-        vae, text_encoder, tokenizer = make_tiny()
-        vae, text_encoder = vae.to(dtype), text_encoder.to(dtype)
-    else:
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
-        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
-    return align(vae.eval().requires_grad_(False)), align(text_encoder.eval().requires_grad_(False)), tokenizer
+        return make_tiny()
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
+    text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype)
+    return vae, text_encoder, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
 
 
 def make_tiny() -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:

@@ -16,7 +16,7 @@ recipe.yaml, metrics.jsonl, checkpoints/step-<N>/, samples/ and, at the end, pip
 
   RECIPE.yaml --help     every field of that recipe, with its meaning, type and default
   --resume auto          continue from the newest intact checkpoint, or start if there is none
-  --overlay smoke        in small, to try the machinery on a CPU; or a file of overrides of your own
+  --overlay smoke        in small, to try the machinery on a CPU; or a file of fields of your own
   --plan                 print sizes, memory, cost and the launch line of the recipe's machines, and do not train
 
 RECIPE.yaml is a file or one of the bundled recipes: """
@@ -27,11 +27,6 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + ", ".join(config.bundled()))
-        if argv:
-            print("\nEvery field, by section; which objective and model a recipe names decides which of those it has.")
-            for section, kinds in config.KINDS.items():
-                for kind in kinds:
-                    print("\n" + config.describe(section, kind))
         raise SystemExit(0 if argv else 2)
     recipe = config.load_or_exit(argv, PROG)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -40,11 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     from .checkpoint import CheckpointError
     from .data import DataError
     from .loop import TrainingError, train
+    from .plan import plan
 
     try:
         if recipe.plan:
-            from .plan import plan
-
             print(plan(recipe, argv))
         else:
             train(recipe)

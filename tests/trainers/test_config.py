@@ -1,4 +1,6 @@
 import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from integrations import config, demo
     [
         (["ddim-digit"], "did you mean 'ddim-digits'"),
         (["ddim-digits", "--train.stepz", "3"], "train.stepz.*did you mean 'train.steps'"),
+        (["ddim-digits", "--train.step", "3"], "train.step.*did you mean 'train.steps'"),
         (["ddim-digits", "--train.steps", "ten"], "(?s)train.steps.*int.*ten"),
         (["ddim-digits", "--objective.prediction", "x0"], "(?s)objective.prediction.*epsilon.*x0"),
         (["ddim-digits", "--train.batch_size_per_device", "100"], "got 128, expected a multiple of .* = 100"),
@@ -23,6 +26,10 @@ from integrations import config, demo
         (["ddim-digits", "--evaluate.steps", "[0]"], r"evaluate.steps: got \[0\]"),
         (["ddim-digits", "--evaluate.steps", "[5000]"], r"evaluate.steps: got \[5000\].*diffusion_steps = 1000"),
         (["ddim-digits", "--evaluate.samples", "0"], "evaluate.samples: got 0, expected at least 1"),
+        (["ddim-cifar10", "--model.channels", "[9, 9, 9, 9]"], "model.norm_groups: got 32, expected a divisor"),
+        (["ddim-cifar10", "--model.attention", "[true]"], "model.attention: got .True., expected 4 values"),
+        (["ddim-digits", "--data.subset_fraction", "0"], "data.subset_fraction: got 0.0"),
+        (["consistency-digits", "--objective.s0", "90"], "objective.s1: got 80, expected at least objective.s0 = 90"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, message):
@@ -79,7 +86,7 @@ def test_help_shows_every_field_with_its_meaning_and_default(capsys):
     assert "Optimizer steps of linear warm-up from 0. (type: int, default: 0)" in text
 
 
-def test_help_of_every_program_shows_every_field_with_its_default_before_torch_loads():
+def test_help_of_every_program_comes_before_torch_loads():
     code = (
         "import sys; from integrations import evaluate, sample, train\n"
         "for program in (train, sample, evaluate):\n"
@@ -89,16 +96,29 @@ def test_help_of_every_program_shows_every_field_with_its_default_before_torch_l
         "assert 'torch' not in sys.modules"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    training, sampling, evaluating, _ = (" ".join(text.split()) for text in found.split("==="))
-    for section, kinds in config.KINDS.items():
-        for kind in kinds:
-            for entry in dataclasses.fields(kind):
-                assert f"--{section}.{entry.name} " in training
-    assert "Optimizer steps of linear warm-up from 0. (type: int, default: 0)" in training
-    for text in (sampling, evaluating):
-        assert "--evaluate.batch_size Images drawn at once. (type: int, default: 500)" in text
+    training, sampling, evaluating, _ = found.split("===")
+    assert "RECIPE.yaml --help" in training
     assert "--images" in sampling
     assert "--features" in evaluating
+
+
+def test_an_overlay_is_read_after_the_recipe_and_before_all_other_options(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("model: {width: 8, unet: {layers_per_block: 1}, mlp: {depth: 2}}\ntrain: {steps: 9, seed: 4}\n")
+    recipe = config.load(["ddim-digits", "--train.steps", "7", "--overlay", str(path)])
+    assert (recipe.model.width, recipe.model.depth) == (8, 2)
+    assert (recipe.train.steps, recipe.train.seed, recipe.optimizer.warmup_steps) == (7, 4, 50)
+    path.write_text("train: {stepz: 9}")
+    with pytest.raises(config.RecipeError, match=r"stepz.*did you mean 'train.steps'"):
+        config.load(["ddim-digits", "--overlay", str(path)])
+
+
+def test_every_field_has_a_meaning():
+    for kind in (*config.OBJECTIVES.values(), *config.MODELS.values(), config.Data, config.Optimizer, config.Train):
+        inherited = [each for each in kind.__mro__ if dataclasses.is_dataclass(each)]
+        source = "".join(inspect.getsource(each) for each in inherited)
+        for entry in dataclasses.fields(kind):
+            assert entry.name == "name" or re.search(rf'\n    {entry.name}: .*\n    """', source), entry.name
 
 
 @pytest.mark.parametrize("name", [name for name in config.bundled() if name.endswith("-digits")])

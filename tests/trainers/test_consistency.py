@@ -186,8 +186,10 @@ def vgg_file(tmp_path, monkeypatch):
     torch.save(vgg(torch.Generator().manual_seed(0)), tmp_path / "checkpoints" / "vgg16-397923af.pth")
 
 
-def test_lpips_is_the_weighted_distance_of_normalised_features(vgg_file):
-    metric = Lpips.pretrained()
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_lpips_is_the_weighted_distance_of_normalised_features(vgg_file, pooling):
+    metric = Lpips.pretrained(pooling)
+    pool = {"max": torch.nn.functional.max_pool2d, "average": torch.nn.functional.avg_pool2d}[pooling]
     assert metric.side == 224
     metric.side = 32
     weights = vgg(torch.Generator().manual_seed(0))
@@ -201,7 +203,7 @@ def test_lpips_is_the_weighted_distance_of_normalised_features(vgg_file):
     stage = 0
     for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
         if place in (5, 10, 17, 24):
-            a, b = (torch.nn.functional.avg_pool2d(x, 2) for x in (a, b))
+            a, b = (pool(x, 2) for x in (a, b))
         arguments = weights[f"features.{place}.weight"], weights[f"features.{place}.bias"]
         a, b = (torch.nn.functional.conv2d(x, *arguments, padding=1).relu() for x in (a, b))
         if place in (2, 7, 14, 21, 28):
@@ -213,9 +215,10 @@ def test_lpips_is_the_weighted_distance_of_normalised_features(vgg_file):
 
 
 def test_the_lpips_loss_reaches_the_network(vgg_file):
-    config = Consistency(total_steps=10, s0=4, s1=8, loss="lpips")
+    config = Consistency(total_steps=10, s0=4, s1=8, loss="lpips", lpips_pooling="average")
     objective, model = ConsistencyObjective(config, (1, 4, 4)), network()
     objective.attach(model)
+    assert objective.lpips.pool is torch.nn.functional.avg_pool2d
     objective.lpips.side = 32
     data, noise = blocks(2)
     found = objective.loss(model, data, noise, draws())

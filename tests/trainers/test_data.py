@@ -1,13 +1,11 @@
 import gzip
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from integrations import loop
 from integrations.config import Data, RecipeError, load
@@ -139,17 +137,14 @@ def test_a_damaged_image_is_named_and_replaced_by_the_next(pictures, caplog, mak
     assert "Traceback" not in str(error.value)
 
 
-def test_a_loading_process_that_has_just_started_outlives_a_signal_to_every_process(monkeypatch):
-    inner = signal_handling._set_worker_signal_handlers
-
-    def signalled():
-        inner()  # the first that runs in the new process: the signal would end it from here on
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", signalled)
-    (batch,) = load_source(Data("digits")).scan(2000, workers=1)
-    assert len(batch.images) == 1797
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+def test_a_batch_is_copied_to_pinned_memory_as_a_whole(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self.clone())
+    batch = load_source(Data("digits"))[[0, 1]]
+    again = pin_memory(batch)
+    assert [tensor.data_ptr() for tensor in pinned] == [batch.images.data_ptr(), batch.labels.data_ptr()]
+    assert type(again) is type(batch)
+    assert again.images.data_ptr() != batch.images.data_ptr()
 
 
 def test_images_of_several_sizes_need_a_resolution(pictures):

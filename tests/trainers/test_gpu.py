@@ -47,3 +47,10 @@ def test_generated_code_follows_the_plain_network(make):
     fast = loop.train(make("flow-matching-digits", "--train.compile", "true", folder="fast"), progress=False)
     for a, b in zip(trace(plain), trace(fast), strict=True):
         assert b[1] == pytest.approx(a[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_batches_are_copied_from_pinned_memory(make, workers):
+    batch = next(loop.Run(make("ddim-digits", "--data.workers", workers)).batches())
+    assert batch.images.is_pinned()
+    assert batch.labels.is_pinned()

@@ -2,6 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 
 from integrations import config
 from integrations.consistency import ConsistencyObjective
@@ -24,6 +26,15 @@ SMALL = [
 ]
 
 
+def randomised(section):
+    """A small network whose every weight matters: as built, many start at zero."""
+    model = build_model(section, SimpleNamespace(shape=(3, 8, 8))).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 @pytest.mark.parametrize(("section", "shape", "count"), FULL_SIZE, ids=lambda value: getattr(value, "name", None))
 def test_the_published_networks_have_the_published_number_of_parameters(section, shape, count):
     with torch.device("meta"):
@@ -33,10 +44,7 @@ def test_the_published_networks_have_the_published_number_of_parameters(section,
 
 @pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
 def test_networks_take_one_time_or_one_each_and_are_finite_at_negative_times(section):
-    model = build_model(section, SimpleNamespace(shape=(3, 8, 8))).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = randomised(section)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         one = model(x, -1500.0).sample
@@ -47,9 +55,24 @@ def test_networks_take_one_time_or_one_each_and_are_finite_at_negative_times(sec
     assert not torch.allclose(one[1], each[1])
 
 
+@pytest.mark.parametrize("section", [s for s in SMALL if s.name in ("unet", "adm", "ncsnpp")], ids=lambda s: s.name)
+def test_residual_branches_attention_and_output_start_at_zero(section):
+    model = build_model(section, SimpleNamespace(shape=(3, 8, 8)))
+    ends = [model.conv_out]
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            ends.append(module.conv2)
+            assert module.conv1.weight.abs().sum() > 0
+        elif isinstance(module, Attention):
+            ends.append(module.to_out[0])
+            assert module.to_q.weight.abs().sum() > 0
+    assert len({type(end) for end in ends}) == 2
+    assert all(not end.weight.any() and not end.bias.any() for end in ends)
+
+
 @pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
 def test_networks_survive_being_saved_and_loaded(section, tmp_path):
-    model = build_model(section, SimpleNamespace(shape=(3, 8, 8))).eval()
+    model = randomised(section)
     model.save_pretrained(tmp_path)
     again = align(type(model).from_pretrained(tmp_path))
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -109,6 +109,15 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", [sample, evaluate])
+def test_several_processes_that_would_write_the_same_results_are_refused(run, capsys, monkeypatch, program):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        program.main([str(run)])
+    assert end.value.code == 2
+    assert "got WORLD_SIZE 2, expected one process" in capsys.readouterr().err
+
+
 def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
     trained = measure.load_trained(run)
     count = 4

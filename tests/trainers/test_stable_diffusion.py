@@ -29,8 +29,8 @@ def draws(step=0):
 def test_latents_are_coupled_after_scaling_and_the_offset_is_added_after_the_coupling(make):
     recipe = make("stable-diffusion-digits", "--objective.noise_offset", "0.5", "--objective.prediction", "epsilon")
     run = loop.Run(recipe)
-    [(block, _, _), _] = run.paired_blocks(run.batches())
     images = next(run.batches())
+    [block], _, _ = run.couple([run.load(images, 0)])
     pixels = images.images.float() / 127.5 - 1
     posterior = run.objective.vae.encode(pixels.expand(-1, 3, -1, -1)).latent_dist
     scaled = posterior.sample(block.draws.generator("encode")) * run.objective.vae.config.scaling_factor
@@ -143,6 +143,5 @@ def test_images_the_autoencoder_cannot_take_are_refused(source):
 
 def test_a_network_that_takes_captions_is_refused_where_there_are_none():
     recipe = config.load(["stable-diffusion-digits"])
-    recipe.objective = config.Ddim()
     with pytest.raises(config.RecipeError, match=r"model.name: got 'condition_unet', expected mlp or convnext or unet"):
-        config.check(recipe)
+        dataclasses.replace(recipe, objective=config.Ddim())

@@ -1,0 +1,154 @@
+"""What a recipe names, built: the processes, the coupling, the objective, the optimizer. Networks are in `models`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from diffusers import get_scheduler
+from torch import nn
+
+from couplings import Coupling
+
+from .config import Optimizer, Recipe, RecipeError
+from .consistency import ConsistencyObjective
+from .data import Source
+from .ddim import DdimObjective
+from .flow_matching import FlowMatchingObjective
+from .objective import Objective
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is intact."""
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the processes that a launcher started, or be the only one.
+
+    Raises
+    ------
+    RecipeError
+        For a tracker that is not installed, a precision that the device lacks, or blocks that do not divide.
+    TrainingError
+        If the processes do not know of each other.
+    """
+    train, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and "MASTER_ADDR" not in os.environ:
+        msg = (
+            f"WORLD_SIZE is {processes}, but MASTER_ADDR, where the processes meet, is not set: start them with "
+            "accelerate launch or torchrun (integrations/launch/README.md), or unset WORLD_SIZE to train in one"
+        )
+        raise TrainingError(msg)
+    if train.tracker and train.tracker not in map(str, get_available_trackers()):  # accelerate only warns
+        msg = f"train.tracker: got {train.tracker!r}, which is not installed: pip install {train.tracker}, or null"
+        raise RecipeError(msg)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=divide(recipe, processes)[1],
+        log_with=train.tracker,
+        project_dir=recipe.output,
+    )
+    if accelerator.num_processes != processes:
+        msg = (
+            f"the launcher started {processes} processes, but accelerate sees {accelerator.num_processes}: "
+            "each would train alone and write the same files. Use a configuration of integrations/launch."
+        )
+        raise TrainingError(msg)
+    if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        msg = "train.mixed_precision: got 'fp16', which accelerate ignores on a CPU: expected 'bf16' or 'no'"
+        raise RecipeError(msg)
+    return accelerator
+
+
+def build_coupling(recipe: Recipe) -> Coupling:
+    """Build the coupling that a recipe names.
+
+    Raises
+    ------
+    RecipeError
+        For an unknown name or option.
+    """
+    section = recipe.coupling
+    try:
+        return Coupling(section.method, section.metric, section.quantize, section.scope, **section.options)
+    except (ValueError, TypeError) as error:
+        msg = f"coupling: {error}"
+        raise RecipeError(msg) from None
+
+
+def candidates(coupling: Coupling) -> int:
+    """Return the noise rows that each data row needs: `nearest` alone chooses from several."""
+    return coupling.options.get("k") or 4 if coupling.method == "nearest" else 1
+
+
+def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer that a recipe names."""
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
+    # One pass over the weights instead of ten; RAdam has no such form.
+    fused = {} if config.name == "radam" else {"fused": True}
+    return kinds[config.name](model.parameters(), **options, **fused)
+
+
+def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step, counted from 0, so that a checkpoint need not hold it."""
+    section = recipe.optimizer
+    name = {"constant": "constant_with_warmup"}.get(section.schedule, section.schedule)
+    counts = {"num_warmup_steps": section.warmup_steps, "num_training_steps": recipe.train.steps}
+    scheduler = get_scheduler(name, optimizer, **counts)
+    return lambda step: section.lr * scheduler.lr_lambdas[0](step)
+
+
+def divide(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Return the blocks of a step and how many of them each process accumulates.
+
+    Raises
+    ------
+    RecipeError
+        With the arithmetic, if the blocks do not divide among the processes.
+    """
+    train = recipe.train
+    blocks = train.global_batch_size // train.batch_size_per_device
+    if blocks % processes:
+        msg = (
+            f"train.global_batch_size {train.global_batch_size} = {blocks} blocks of train.batch_size_per_device "
+            f"{train.batch_size_per_device}, which do not divide among {processes} processes ({blocks} / {processes} = "
+            f"{blocks / processes:.2f})"
+        )
+        raise RecipeError(msg)
+    return blocks, blocks // processes
+
+
+def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> Objective:
+    """Build the objective that a recipe names, for the images of ``source``.
+
+    ``blank`` gives frozen networks weights of no meaning, where only their sizes matter.
+
+    Raises
+    ------
+    RecipeError
+        If the images do not fit it.
+    """
+    if recipe.objective.name == "stable_diffusion":
+        from .stable_diffusion import StableDiffusionObjective  # transformers takes seconds to import
+
+        return StableDiffusionObjective(recipe.objective, source, blank=blank)
+    if recipe.objective.name == "consistency":
+        return ConsistencyObjective(recipe.objective, source.shape, _told_classes(recipe, source))
+    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective}
+    return kinds[recipe.objective.name](recipe.objective, source.shape)
+
+
+def _told_classes(recipe: Recipe, source: Source) -> int | None:
+    known = getattr(recipe.model, "classes", None)
+    if known is None:
+        return None
+    found = len(source.classes)
+    if not 2 <= found <= known:
+        msg = f"model.classes: got {known}, but {recipe.data.source} has {found} classes: expected no fewer, or null"
+        raise RecipeError(msg)
+    return found
