@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, wraps
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -45,8 +46,21 @@ _SHARED_OPTIONS = (*_PRICING_OPTIONS, "select", "group")
 
 def _outside_graphs(function: F) -> F:
     """Let `torch.compile` break its graph at a function: `torch.compiler.disable`, without importing the compiler."""
-    function.__dict__["_torchdynamo_disable"] = True
-    return function
+
+    @wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return _disabled(function)(*args, **kwargs)
+
+    outside.__dict__["_torchdynamo_disable"] = True
+    return cast(F, outside)
+
+
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 @dataclass(frozen=True, eq=False, repr=False)

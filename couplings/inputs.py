@@ -44,8 +44,7 @@ def as_tensor(value: Array, name: str) -> Tensor:
 
 def _array_as_tensor(value: np.ndarray[Any, Any], name: str) -> Tensor:
     if isinstance(value, np.ma.MaskedArray):
-        msg = f"{name} is a masked array, whose mask would be lost. Fill it first: {name}.filled(0.0)."
-        raise TypeError(msg)
+        raise TypeError(_masked(name))
     if not np.issubdtype(value.dtype, np.floating):
         raise TypeError(_not_floating(name, value.dtype, complex_=value.dtype.kind == "c"))
     if value.dtype.itemsize > 8:
@@ -55,6 +54,10 @@ def _array_as_tensor(value: np.ndarray[Any, Any], name: str) -> Tensor:
     if not native.flags.writeable or any(stride < 0 for stride in native.strides):
         native = native.copy()
     return torch.from_numpy(native)
+
+
+def _masked(name: str) -> str:
+    return f"{name} is a masked array, whose mask would be lost. Fill it first: {name}.filled(...)."
 
 
 def _not_floating(name: str, dtype: object, *, complex_: bool) -> str:
@@ -220,6 +223,8 @@ def _one_side(condition: object, name: str, n: int, device: torch.device) -> tup
 
 
 def _condition(condition: object, name: str, n: int, device: torch.device) -> Tensor:
+    if isinstance(condition, np.ma.MaskedArray):
+        raise TypeError(_masked(name))
     if isinstance(condition, np.ndarray):
         if condition.dtype.kind not in "fiub" or condition.dtype.itemsize > 8:
             msg = f"{name}= must be integer or floating, got {condition.dtype}."
