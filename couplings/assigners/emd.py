@@ -3,16 +3,13 @@
 Bonneel et al. (2011), Displacement interpolation using Lagrangian mass transport, doi:10.1145/2070781.2024192.
 """
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from couplings.assigners.duality import slack
+from couplings.assigners.duality import Matrix, Vector, solve
 from couplings.assigners.extras import missing_extra
 from couplings.assigners.method import Assignment
-from couplings.stages import stage
 
 _OPTIMAL = 1  # POT's result code
 
@@ -23,6 +20,7 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
     Parameters
     ----------
     cost : (n, n) Tensor
+        ``+inf`` forbids a pair.
     generator : torch.Generator, optional
         Not used: the method is deterministic.
     max_iterations : int
@@ -31,8 +29,10 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
 
     Raises
     ------
+    ValueError
+        If some rows cannot be matched by finite entries.
     RuntimeError
-        If the limit was reached.
+        If the limit was reached, or the answer is not within 1e-6 of the optimum.
     """
     if max_iterations < 1:
         msg = f"max_iterations= must be at least 1, got {max_iterations}."
@@ -41,17 +41,13 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
         import ot
     except ImportError as error:
         raise missing_extra(__name__, package="POT", extra="pot") from error
-    with stage("conversion"):
-        matrix = cost.cpu().double()
-        # POT calls some problems with negative costs infeasible; a constant changes no pair.
-        matrix = matrix - matrix.min()
-    # Unit masses, not 1/n: the flows of a vertex are then exactly 0 or 1.
-    mass = np.ones(len(matrix))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what POT would warn of is raised below
-        flow, log = ot.emd(mass, mass, matrix.numpy(), numItermax=max_iterations, log=True, center_dual=False)
-    if log["result_code"] != _OPTIMAL:
-        msg = f"POT's network simplex did not finish: {log['warning']} Raise max_iterations={max_iterations}."
-        raise RuntimeError(msg)
-    index = torch.from_numpy(flow.argmax(axis=1))
-    return Assignment(index, slack(matrix, index, torch.from_numpy(log["v"])))
+    mass = np.ones(cost.shape[1])  # unit masses, not 1/n: the flows of a vertex are then exactly 0 or 1
+
+    def solver(reduced: Matrix) -> tuple[Vector, Vector]:
+        flow, log = ot.emd(mass, mass, np.rint(reduced), numItermax=max_iterations, log=True, center_dual=False)
+        if log["result_code"] != _OPTIMAL:
+            msg = f"POT's network simplex did not finish: {log['warning']} Raise max_iterations={max_iterations}."
+            raise RuntimeError(msg)
+        return flow.argmax(1), log["v"]
+
+    return solve(cost, solver, 50 - len(mass).bit_length(), "emd")

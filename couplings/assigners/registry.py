@@ -83,9 +83,8 @@ _BUILTIN = (
     ),
     _builtin(
         "sinkhorn",
-        "entropic optimal transport in the log domain, then a draw from the plan",
+        "entropic optimal transport by stabilised Sinkhorn iterations, then a draw from the plan",
         shift_invariant=True,
-        requires=("pot",),
         draws=True,
         on_device=True,
     ),

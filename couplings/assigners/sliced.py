@@ -5,6 +5,7 @@ needs no cost matrix: O(n d) per direction and O(n log n) for the sort. Bonneel 
 Wasserstein barycenters, doi:10.1007/s10851-014-0506-3.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from couplings.distances import Metric, pair_costs
 
-_POWER_STEPS = 4
 _PRIVATE_SEED = 0x5EED
+_POWER_STEPS = 2
+_QR_STEPS = 10
+_ROWS = 1024  # of the data tell its principal axes
 _COORDINATES = 1024  # taken to float64 at a time
 _FLAT = 1e-9  # an axis is none where the data extends less than this share of its extent along the first
 
@@ -39,7 +42,8 @@ def assign(
     directions : int
         How many directions to try.
     axes : {"principal", "random"}
-        Leading principal axes of the data, which carry the most of what can be gained, or random directions.
+        Leading principal axes of the data (of some 1024 rows of it), which carry the most of what can be gained, or
+        random directions.
 
     Raises
     ------
@@ -63,7 +67,7 @@ def assign(
         raise TypeError(msg)
     basis = _random_directions(noise, directions, generator)
     if axes == "principal":
-        basis = _leading_axes(data, basis)
+        basis = _leading_axes(data[:: math.ceil(len(data) / _ROWS)], basis)
     order_data = _project(data, basis).argsort(dim=0, stable=True)
     order_noise = _project(noise, basis).argsort(dim=0, stable=True)
     best = torch.arange(len(data), device=data.device)
@@ -92,8 +96,8 @@ def _random_directions(noise: Tensor, count: int, generator: torch.Generator | N
 def _project(points: Tensor, basis: Tensor, origin: Tensor | None = None) -> Tensor:
     """``(points - origin) @ basis`` in float64, a slice of the coordinates at a time.
 
-    How a product is split over threads, and how its operands lie in memory, decides how it is rounded; in float32 that
-    swaps neighbours in the order.
+    How a product is split over threads, and how its operands lie in memory, decides how it is rounded: in float32 that
+    would swap neighbours in the order, in float64 it does not.
     """
     out = basis.new_zeros(len(points), basis.shape[1])
     for start in range(0, len(basis), _COORDINATES):
@@ -121,7 +125,13 @@ def _leading_axes(data: Tensor, start: Tensor) -> Tensor:
         seen = _project(data, basis, mean)
         basis = torch.cat([_float64(data[:, part], mean[part]).T @ seen for part in slices])
     basis, _ = torch.linalg.qr(basis)
-    # Rotated so that the columns are single axes, in order, and not just a basis of their span.
-    _, extent, rotation = torch.linalg.svd(_project(data, basis, mean), full_matrices=False)
-    axes: Tensor = (basis @ rotation.T) * (extent > _FLAT * extent.max())
+    # Rotated so that the columns are single axes and not just a basis of their span: the singular vectors of what they
+    # see, by QR iteration, since `torch.linalg.svd` makes the host wait for the device.
+    _, extents = torch.linalg.qr(_project(data, basis, mean))
+    for _ in range(_QR_STEPS):
+        rotation, transposed = torch.linalg.qr(extents.T)
+        basis = basis @ rotation
+        _, extents = torch.linalg.qr(transposed.T)
+    extent = extents.diagonal().abs()
+    axes: Tensor = basis * (extent > _FLAT * extent.max())
     return axes

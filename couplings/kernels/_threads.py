@@ -20,7 +20,12 @@ def over_rows(kernel: Callable[[int, int], object], n: int, threads: int) -> Non
         return
     cuts = [n * k // threads for k in range(threads + 1)]
     with ThreadPoolExecutor(threads - 1) as pool:
-        rest = [pool.submit(kernel, a, b) for a, b in pairwise(cuts[1:])]
+        rest = []
+        for first, last in pairwise(cuts[1:]):
+            try:
+                rest.append(pool.submit(kernel, first, last))
+            except RuntimeError:  # the main thread has ended, or no thread can be started
+                kernel(first, last)
         kernel(cuts[0], cuts[1])
         for future in rest:
             future.result()

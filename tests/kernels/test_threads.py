@@ -1,0 +1,69 @@
+"""Slices of rows on threads, also where no thread can be had."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from couplings.kernels._threads import over_rows
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [0, 1, 5, 100])
+def test_every_row_is_in_one_slice(n, threads):
+    slices = []
+    over_rows(lambda start, stop: slices.append((start, stop)), n, threads)
+    assert sorted(row for start, stop in slices for row in range(start, stop)) == list(range(n))
+
+
+def test_slices_run_beside_each_other():
+    meeting = threading.Barrier(2, timeout=20)
+    over_rows(lambda _start, _stop: meeting.wait(), 100, 2)
+
+
+def test_an_error_in_a_slice_is_raised():
+    def fail(start, stop):
+        if start:
+            msg = f"row {start}"
+            raise ValueError(msg)
+
+    with pytest.raises(ValueError, match="row 50"):
+        over_rows(fail, 100, 2)
+
+
+def test_without_threads_all_slices_run_in_this_one(monkeypatch):
+    def refuse(*_, **__):
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    slices = []
+    over_rows(lambda start, stop: slices.append((start, stop, threading.get_ident())), 90, 3)
+    assert sorted(slices) == [(cut, cut + 30, threading.get_ident()) for cut in (0, 30, 60)]
+
+
+def test_a_thread_outlives_the_main_thread():
+    program = """
+        import threading
+        import time
+
+        from couplings.kernels._threads import over_rows
+
+        def work():
+            threading.main_thread().join()
+            time.sleep(0.2)
+            rows = []
+            over_rows(lambda start, stop: rows.extend(range(start, stop)), 100, 4)
+            print(len(rows))
+
+        threading.Thread(target=work).start()
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["100"], done.stderr
