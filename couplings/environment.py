@@ -155,8 +155,8 @@ def _device(i: int) -> dict[str, Any]:
 
 def _kernel_cache() -> str | None:
     """Folder where Numba keeps the compiled kernels; None if it can write to none."""
-    from couplings.kernels import _assignment
+    from couplings.kernels.assignment import costs
 
-    kernel: Any = _assignment.scan
+    kernel: Any = costs.minimum
     folder = kernel.stats.cache_path
     return str(folder) if folder else None

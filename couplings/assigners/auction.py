@@ -1,7 +1,7 @@
 """The default: our fixed-point auction, finished by shortest augmenting paths, with a dual certificate.
 
 Bertsekas (1988), The auction algorithm, doi:10.1007/BF02186476; Jonker and Volgenant (1987), doi:10.1007/BF02278710.
-The loops are in `couplings.kernels.auction`.
+It is explained in `couplings.kernels.assignment`.
 """
 
 import torch
@@ -34,7 +34,7 @@ def assign(
     max_seconds : float, optional
         Stop after this many seconds, likewise; the one option whose result depends on the machine's speed.
     """
-    from couplings.kernels.auction import solve
+    from couplings.kernels.assignment import solve
 
     with phase("conversion"):
         matrix = cost.numpy(force=True)

@@ -1,6 +1,6 @@
 """Numba kernels: the assignment solver, L1 distances, distances of pairs, greedy and stable matching.
 
-Importing this package does not import Numba; its modules (`auction`, `greedy`, `l1`, `pairs`) do.
+Importing this package does not import Numba; its modules (`assignment`, `greedy`, `l1`, `pairs`) do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def warmup() -> float:
     import numpy as np
 
     start = time.perf_counter()
-    from .auction import solve
+    from .assignment import solve
     from .greedy import stable
     from .l1 import cdist_l1
     from .pairs import pair_distances

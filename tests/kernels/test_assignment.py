@@ -14,10 +14,19 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from couplings.kernels import _assignment as loops
-from couplings.kernels import auction
-from couplings.kernels.auction import solve
+from couplings.kernels.assignment import bidding, paths, solve
+from couplings.kernels.assignment.problem import normalise
+from couplings.kernels.assignment.search import Budget, Search
+from couplings.kernels.assignment.tuning import TUNING
 from tests.kernels.families import FAMILIES
+
+SIZES = [150, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2, 3, 17, 64, 65, 257, 600))]
+
+
+def family(name, n, m=None, dtype=np.float32, seed=None):
+    """Return the first n rows of a problem of m columns."""
+    m = m or n
+    return np.ascontiguousarray(FAMILIES[name](m, np.random.default_rng(m if seed is None else seed))[:n], dtype)
 
 
 def optimum(cost):
@@ -27,8 +36,7 @@ def optimum(cost):
 
 def check(cost, solution, tolerance=1e-6):
     n, m = cost.shape
-    assert sorted(set(solution.index.tolist())) == sorted(solution.index.tolist())
-    assert len(solution.index) == n
+    assert len(set(solution.index.tolist())) == len(solution.index) == n
     assert 0 <= solution.index.min() <= solution.index.max() < m
     assert solution.total == math.fsum(cost[np.arange(n), solution.index].astype(np.float64))
     least = optimum(cost)
@@ -38,36 +46,35 @@ def check(cost, solution, tolerance=1e-6):
     assert solution.total - least <= tolerance * abs(least) + slack
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 65, 150, 257])
+@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_solved_exactly(name, n, dtype):
-    cost = np.ascontiguousarray(FAMILIES[name](n, np.random.default_rng(n)), dtype=dtype)
-    solution = solve(cost)
-    check(cost, solution)
-    assert solution.exact
-    assert solution.gap <= 1e-6
+def test_every_family_is_solved_exactly(name, n):
+    for dtype in (np.float32, np.float64):
+        cost = family(name, n, dtype=dtype)
+        solution = solve(cost)
+        check(cost, solution)
+        assert solution.exact
+        assert solution.gap <= 1e-6
 
 
-@pytest.mark.parametrize("m", [1, 5, 40, 300])
+@pytest.mark.parametrize("m", [40, *(pytest.param(m, marks=pytest.mark.thorough) for m in (1, 5, 300))])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_more_columns_than_rows(name, m):
-    rng = np.random.default_rng(m)
-    cost = np.array(FAMILIES[name](m, rng)[: max(1, m // 3)], dtype=np.float32)
+    cost = family(name, max(1, m // 3), m)
     check(cost, solve(cost))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_small_problems_equal_brute_force(seed):
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(1, 7))
-    m = int(rng.integers(n, 8))
-    cost = rng.integers(-4, 5, (n, m)).astype(np.float64)
-    least = min(sum(cost[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(m), n))
-    assert solve(cost).total == least
+def test_small_problems_equal_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        n = int(rng.integers(1, 7))
+        m = int(rng.integers(n, 8))
+        cost = rng.integers(-4, 5, (n, m)).astype(np.float64)
+        least = min(sum(cost[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(m), n))
+        assert solve(cost).total == least
 
 
-def test_random_small_problems_have_no_wrong_optimum():
+def test_random_problems_have_no_wrong_optimum():
     rng = np.random.default_rng(0)
     for _ in range(400):
         name = list(FAMILIES)[rng.integers(len(FAMILIES))]
@@ -76,15 +83,14 @@ def test_random_small_problems_have_no_wrong_optimum():
         check(cost, solve(cost))
 
 
-@pytest.mark.parametrize("name", ["image-like", "points-2d", "pareto", "integers"])
-def test_certificate_is_tight_where_levels_lose_nothing_that_shows(name):
-    cost = np.array(FAMILIES[name](200, np.random.default_rng(1)), dtype=np.float32)
-    solution = solve(cost)
-    assert solution.lower_bound <= solution.total <= solution.lower_bound + 1e-7 * abs(solution.total)
+def test_the_certificate_is_tight_where_levels_lose_nothing_that_shows():
+    for name in ("image-like", "points-2d", "pareto", "integers"):
+        solution = solve(family(name, 200))
+        assert solution.lower_bound <= solution.total <= solution.lower_bound + 1e-7 * abs(solution.total)
 
 
 def test_prices_prove_the_optimum():
-    cost = np.array(FAMILIES["image-like"](120, np.random.default_rng(2)), dtype=np.float64)
+    cost = family("image-like", 120, dtype=np.float64)
     prices = solve(cost).prices
     bound = (cost - prices).min(1).sum() + prices.sum()
     assert bound == pytest.approx(optimum(cost), rel=1e-9)
@@ -105,57 +111,58 @@ def test_a_power_of_two_changes_no_pair(scale, huge):
     assert solution.gap <= 1e-6
 
 
+def test_costs_near_the_largest_number_there_is():
+    cost = (2 * np.random.default_rng(0).random((70, 70)) - 1) * 1.7e308
+    solution = solve(cost)
+    check(cost / 2**20, solve(cost / 2**20))
+    assert np.array_equal(solution.index, solve(cost / 2**20).index)
+
+
 def unmatched(cost):
-    """Return a solver's state before its first bid, with all rows free."""
-    state = auction._Search(cost, 1, math.inf)
-    n, m = cost.shape
-    scale = math.ldexp(1.0, math.floor(math.log2(loops.CAP / (state.ceiling or 1.0))) - 1)
-    state.costs = loops.Costs(cost, state.low, scale, state.sketch[:, :0].copy(), 0.0)
-    free = np.empty(n, np.int64)
-    state._release(free)
-    state._open(np.zeros(m))
-    return state, free
+    """Return a search before its first bid."""
+    problem = normalise(cost, 1)
+    search = Search(problem, problem.ceiling or 1.0, Budget(None, None), 1)
+    search.make_lists(np.zeros(problem.C.shape[1]))
+    return search
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forests_alone_reach_the_optimum(name):
-    cost = np.ascontiguousarray(FAMILIES[name](150, np.random.default_rng(1)), dtype=np.float32)
-    cost.flags.writeable = False
-    state, free = unmatched(cost)
-    left = len(cost)
-    while left:
-        before = left
-        left, met = loops.grow(state.costs, state.prices, state.owner, state.mate, free, left, math.ceil(left / 5))
-        assert met >= before - left > 0
-        assert sorted(np.flatnonzero(state.mate < 0)) == sorted(free[:left])
+    cost = family(name, 150)
+    s = unmatched(cost)
+    while s.left:
+        before = s.left
+        s.left, met = paths.grow_forest(s.costs, s.prices, s.row4col, s.col4row, s.free, before, math.ceil(before / 5))
+        assert met >= before - s.left > 0
+        assert sorted(np.flatnonzero(s.col4row < 0)) == sorted(s.free[: s.left])
         # Every matched row is tight, which makes the matching a least one of its rows.
-        assert loops.loosen(state.costs, state.prices, state.lists, state.owner, state.mate, free.copy()) == left
-    check(cost, state._solution())
+        assert bidding.free_loose_rows(s.costs, s.prices, s.lists, s.row4col, s.col4row, s.free.copy()) == s.left
+    least = optimum(cost)
+    assert s.problem.total(s.col4row) == pytest.approx(least, rel=1e-9, abs=1e-12 * float(np.abs(cost).max()))
 
 
 @pytest.mark.parametrize("density", [0.01, 0.03, 0.3])
-def test_a_round_of_matching_takes_as_many_rows_as_can_be(density):
+def test_a_matching_of_tight_pairs_takes_as_many_rows_as_can_be(density):
     rng = np.random.default_rng(3)
     cost = (rng.random((130, 130)) > density).astype(np.float32)
-    cost[:, 0] = 0.0  # every row has a pair that suits it
-    cost.flags.writeable = False
-    state, free = unmatched(cost)
-    suits = np.empty((130, 3), np.uint64)
-    loops.suit(state.costs, state.prices.exact, state.mate, suits)
-    left = loops.match(suits, state.owner, state.mate, free, 130)
+    cost[:, 0] = 0.0  # every row has a tight pair
+    s = unmatched(cost)
+    tight = np.empty((130, 3), np.uint64)
+    paths.mark_tight(s.costs, s.prices.exact, s.col4row, tight)
+    left = paths.match_tight(tight, s.row4col, s.col4row, s.free, 130)
     assert 130 - left == (maximum_bipartite_matching(csr_array(cost == 0.0)) >= 0).sum()
-    rows = np.flatnonzero(state.mate >= 0)
-    assert (cost[rows, state.mate[rows]] == 0.0).all()
-    assert (state.owner[state.mate[rows]] == rows).all()
-    assert sorted(free[:left]) == np.flatnonzero(state.mate < 0).tolist()
+    rows = np.flatnonzero(s.col4row >= 0)
+    assert (cost[rows, s.col4row[rows]] == 0.0).all()
+    assert (s.row4col[s.col4row[rows]] == rows).all()
+    assert sorted(s.free[:left]) == np.flatnonzero(s.col4row < 0).tolist()
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_seconds": 1e3}])
 def test_tied_rows_are_matched_by_forests(monkeypatch, limit):
     calls = []
-    whole = loops.grow
-    monkeypatch.setattr(loops, "grow", lambda *arguments: calls.append(1) or whole(*arguments))
-    cost = FAMILIES["blocks"](300, np.random.default_rng(0)).astype(np.float32)
+    whole = paths.grow_forest
+    monkeypatch.setattr(paths, "grow_forest", lambda *arguments: calls.append(1) or whole(*arguments))
+    cost = family("blocks", 300)
     check(cost, solve(cost, **limit))
     assert calls
 
@@ -163,7 +170,7 @@ def test_tied_rows_are_matched_by_forests(monkeypatch, limit):
 @pytest.mark.parametrize("limit", [{"max_bids": 0}, {"max_bids": 50}, {"max_seconds": 0.0}, {"tolerance": 0.05}])
 @pytest.mark.parametrize("m", [300, 400])
 def test_ending_early_leaves_distinct_columns_and_an_honest_gap(limit, m):
-    cost = np.array(FAMILIES["image-like"](m, np.random.default_rng(3))[:300], dtype=np.float32)
+    cost = family("image-like", 300, m)
     solution = solve(cost, **limit)
     check(cost, solution, tolerance=math.inf)
     assert solution.gap >= (solution.total - optimum(cost)) / abs(solution.total) - 1e-9
@@ -172,11 +179,11 @@ def test_ending_early_leaves_distinct_columns_and_an_honest_gap(limit, m):
 
 
 def test_a_tolerance_saves_bids():
-    cost = np.array(FAMILIES["rank-one-negative"](500, np.random.default_rng(4)), dtype=np.float32)
+    cost = family("rank-one-negative", 500)
     assert solve(cost, tolerance=0.02).bids < solve(cost).bids
 
 
-def test_warm_start_is_taken_and_changes_no_optimum():
+def test_warm_start_changes_no_optimum():
     rng = np.random.default_rng(5)
     cost = rng.random((80, 80)) + 10.0 * rng.random(80)
     first = solve(cost)
@@ -187,24 +194,25 @@ def test_warm_start_is_taken_and_changes_no_optimum():
 
 
 def test_warm_start_saves_bids_on_a_similar_problem():
-    rng = np.random.default_rng(8)
-    cost = np.array(FAMILIES["image-like"](300, rng), dtype=np.float32)
-    similar = cost + np.float32(0.05) * rng.standard_normal(cost.shape).astype(np.float32)
+    cost = family("image-like", 300)
+    noise = np.random.default_rng(8).standard_normal(cost.shape)
+    similar = cost + np.float32(0.05) * noise.astype(np.float32)
     warm = solve(similar, warm_start=solve(cost).prices)
     assert warm.total == pytest.approx(optimum(similar), rel=1e-9)
     assert warm.bids < 0.8 * solve(similar).bids
 
 
 @pytest.mark.parametrize("name", ["image-like", "points-1d", "blocks"])
-def test_threads_change_nothing(name):
-    cost = np.array(FAMILIES[name](600, np.random.default_rng(6)), dtype=np.float32)
+def test_threads_change_nothing(name, monkeypatch):
+    monkeypatch.setattr("couplings.kernels.assignment.TUNING", TUNING._replace(serial_entries=0))
+    cost = family(name, 300)
     one, two = solve(cost, threads=1), solve(cost, threads=2)
     assert np.array_equal(one.index, two.index)
     assert np.array_equal(one.prices, two.prices)
 
 
 def test_concurrent_solves_do_not_disturb_each_other():
-    costs = [np.array(FAMILIES["image-like"](300, np.random.default_rng(s)), dtype=np.float32) for s in range(6)]
+    costs = [family("image-like", 300, seed=s) for s in range(6)]
     alone = [solve(cost).index for cost in costs]
     together = [None] * 6
 
@@ -220,7 +228,7 @@ def test_concurrent_solves_do_not_disturb_each_other():
 
 
 def test_the_interpreter_runs_on_during_a_solve():
-    cost = np.array(FAMILIES["rank-one"](900, np.random.default_rng(0)), dtype=np.float32)
+    cost = family("rank-one", 900)
     solve(cost[:8, :8])
     worker = threading.Thread(target=solve, args=(cost,))
     worker.start()
@@ -258,21 +266,20 @@ def test_what_is_no_cost_is_refused(cost, error):
         solve(cost)
 
 
-@pytest.mark.parametrize("option", [{"tolerance": -1.0}, {"max_bids": -1}, {"max_seconds": math.nan}])
-def test_options_out_of_range_are_refused(option):
-    with pytest.raises(ValueError, match="at least 0"):
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"tolerance": -1.0}, ValueError, "at least 0"),
+        ({"max_bids": -1}, ValueError, "at least 0"),
+        ({"max_seconds": math.nan}, ValueError, "at least 0"),
+        ({"max_bids": 1.5}, ValueError, "max_bids must be a whole number, got 1.5"),
+        ({"max_bids": "2"}, TypeError, "max_bids must be a number, got '2'"),
+        ({"warm_start": np.zeros(2)}, ValueError, "warm_start must hold a finite price"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, error, message):
+    with pytest.raises(error, match=message):
         solve(np.eye(3), **option)
-
-
-@pytest.mark.parametrize(("limit", "error"), [(1.5, ValueError), ("2", TypeError)])
-def test_a_number_of_bids_is_whole(limit, error):
-    with pytest.raises(error, match=f"max_bids must be a .*number, got {limit!r}"):
-        solve(np.random.default_rng(0).random((5, 5)), max_bids=limit)
-
-
-def test_warm_start_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="warm_start"):
-        solve(np.eye(3), warm_start=np.zeros(2))
 
 
 def test_warmup_leaves_nothing_to_compile():
@@ -280,13 +287,13 @@ def test_warmup_leaves_nothing_to_compile():
         import numpy as np
         import couplings
         couplings.warmup()
-        from couplings.kernels import _assignment
-        from couplings.kernels.auction import solve
+        from couplings.kernels import assignment
+        from couplings.kernels.assignment import bidding, candidates, certificate, costs, paths, solve
         from tests.kernels.families import FAMILIES
 
         def compiled():
-            kernels = {k: v for k, v in vars(_assignment).items() if hasattr(v, "signatures")}
-            return {k: len(v.signatures) for k, v in kernels.items()}
+            kernels = {k: v for m in (bidding, candidates, certificate, costs, paths) for k, v in vars(m).items()}
+            return {k: len(v.signatures) for k, v in kernels.items() if hasattr(v, "signatures")}
 
         before = compiled()
         for dtype in (np.float32, np.float64):

@@ -1,0 +1,125 @@
+"""Normalisation, once on entry: what all phases of a solve read."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._threads import over_rows
+from .costs import CAP, SKETCH_MAX, Costs, cyclic_assignment, row_minima, row_minima_and_sketch
+from .tuning import TUNING
+
+__all__ = ["Problem", "normalise"]
+
+SAFE = 1e30  # steps of a sketch per unit of cost, or units per step, that float32 multiplies by without loss
+FAINT = 2.0**-900  # totals too small to be measured in levels: the number of levels in a unit would overflow
+NEARER, FARTHER = 600, -100  # powers of two that mend a total which is too small, or overflows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A cost matrix with what one pass over it has found.
+
+    Attributes
+    ----------
+    C : (n, m) float array, contiguous
+        The costs, times ``2**power``.
+    power : int
+        0 but where totals are near the limits of float64.
+    row_min : (n,) float64 array
+    sketch : (n, m) or (n, 0) int16 array
+    steps : float
+        Steps of the sketch per unit of cost; 0 if there is none.
+    spread : float
+        Standard deviation of the costs less rows and columns.
+    assignment : (n,) int64 array
+        The best of a few obvious assignments.
+    ceiling : float
+        Its total above the row minima.
+    """
+
+    C: npt.NDArray[Any]
+    power: int
+    row_min: npt.NDArray[np.float64]
+    sketch: npt.NDArray[np.int16]
+    steps: float
+    spread: float
+    assignment: npt.NDArray[np.int64]
+    ceiling: float
+
+    @property
+    def square(self) -> bool:
+        """Whether every column is taken."""
+        return bool(self.C.shape[0] == self.C.shape[1])
+
+    def above_row_minima(self, col4row: npt.NDArray[np.int64]) -> float:
+        """Return the total of an assignment above the row minima."""
+        chosen = self.C[np.arange(len(col4row)), col4row].astype(np.float64)
+        return float((chosen - self.row_min).sum())
+
+    def total(self, col4row: npt.NDArray[np.int64]) -> float:
+        """Return the sum of the entries chosen, correctly rounded."""
+        return math.fsum(self.C[np.arange(len(col4row)), col4row].tolist())
+
+    def costs(self, ceiling: float) -> Costs:
+        """Return the costs in levels, of which `ceiling` has at least a quarter of `CAP`.
+
+        Half of it at most, so that a cost cut off at `CAP` is dearer than the whole feasible assignment.
+        """
+        scale = math.ldexp(1.0, math.floor(math.log2(CAP / ceiling)) - 1)
+        step = scale / self.steps if self.steps else 0.0
+        if step < 1.0:  # a step must be a whole number of levels
+            return Costs(self.C, self.row_min, scale, np.empty((len(self.C), 0), np.int16), 0.0)
+        return Costs(self.C, self.row_min, scale, self.sketch, step)
+
+
+def normalise(cost: npt.NDArray[Any], threads: int) -> Problem:
+    """Read the costs once: row minima, sketch, a first assignment; scaled by a power of two where they must be."""
+    problem = _normalise(cost, 0, threads)
+    if 0.0 < problem.ceiling < FAINT:
+        return _normalise(_scaled(cost, NEARER), NEARER, threads)
+    if problem.ceiling == math.inf:
+        return _normalise(_scaled(cost, FARTHER), FARTHER, threads)
+    return problem
+
+
+def _scaled(cost: npt.NDArray[Any], power: int) -> npt.NDArray[np.float64]:
+    with np.errstate(over="ignore"):
+        return np.clip(np.ldexp(cost.astype(np.float64), power), -sys.float_info.max, sys.float_info.max)
+
+
+def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> Problem:
+    C = np.ascontiguousarray(cost).view()
+    C.flags.writeable = False  # one kernel signature for all callers, and a promise kept by Numba
+    n, m = C.shape
+    bits = C.view(f"i{C.itemsize}")
+    row_min = np.empty(n)
+    spread = _spread(C)
+    # A sketch pays where rows are long. Its steps are a power of two, for one to be a whole number of levels.
+    finest = SKETCH_MAX / (TUNING.sketch_range * spread) if spread > 0.0 and m > TUNING.narrow else 0.0
+    steps = math.ldexp(1.0, math.floor(math.log2(finest))) if 1.0 / SAFE < finest < SAFE else 0.0
+    sketch = np.empty((n, m if steps else 0), np.int16)
+    if steps:
+        # A cost less its row's minimum is rounded, maybe up; the sketch must not be.
+        fewer = C.dtype.type(steps * (1.0 - 4.0 * float(np.finfo(C.dtype).eps)))
+        over_rows(lambda a, b: row_minima_and_sketch(C, bits, row_min, sketch, fewer, a, b), n, threads)
+    else:
+        over_rows(lambda a, b: row_minima(C, bits, row_min, a, b), n, threads)
+    ceiling, first = cyclic_assignment(C, row_min)
+    return Problem(C, power, row_min, sketch, steps, spread, (np.arange(n) + first) % m, ceiling)
+
+
+def _spread(C: npt.NDArray[Any]) -> float:
+    """Return a standard deviation of the costs, less rows and columns, that a few huge entries cannot move."""
+    sample = C[:: len(C) // 32 + 1, :: C.shape[1] // 64 + 1].astype(np.float64)
+    rows, columns = sample.shape
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Partitions, not np.median: that takes longer than all other steps of a small solve.
+        sample -= np.partition(sample, columns // 2, axis=1)[:, columns // 2, None]
+        sample -= np.partition(sample, rows // 2, axis=0)[rows // 2]
+        return 1.5 * float(np.partition(np.abs(sample), sample.size // 2, axis=None)[sample.size // 2])
