@@ -143,7 +143,7 @@ def solve(
         if problem.square:
             good = search.auction(duals, tolerance)
         else:  # scaling epsilon would leave prices on columns that end up without a row
-            search.make_lists(np.zeros(cost.shape[1]))
+            search.make_lists(search.initial_prices())
         if not good:
             search.shortest_augmenting_paths()
             search.complete()

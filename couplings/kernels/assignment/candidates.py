@@ -184,7 +184,7 @@ def collect(costs: Costs, i: int, p: Floats, minima: Floats, t: float, columns: 
 @jit
 def fill_list(costs: Costs, i: int, prices: Prices, lists: Lists, work: Work, try_sketch: bool) -> None:
     """Make the list of a row anew: from the sketch, if wanted and fine enough, else from the floats."""
-    C, row_min, scale, sketch, step = costs
+    C, row_min, scale, _, sketch, step = costs
     minima, sketch_minima, hits = work
     p = prices.exact
     m = p.size

@@ -51,7 +51,7 @@ def row_slacks(
 
     A column that the sketch, rounded down as it is, puts above the row's own cannot be the least.
     """
-    C, row_min, scale, sketch, step = costs
+    C, row_min, scale, _, sketch, step = costs
     p = prices.exact
     minima, sketch_minima, hits = work_space(p.size)
     columns = np.empty(LIST_SIZE, np.int64)

@@ -123,7 +123,7 @@ def shortest_path_on_lists(
     The columns outside a row's list wait in the heap at the list's threshold, as ``-1 - row``, and are read only if
     the search gets that far. Also returns how many columns have a distance: those in `touched`.
     """
-    C, row_min, scale, _, _ = costs
+    C, row_min, scale, _, _, _ = costs
     p = prices.exact
     columns, levels, lengths, beyond = lists
     keys, codes = heap

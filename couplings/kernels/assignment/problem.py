@@ -11,7 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .._threads import over_rows
-from .costs import CAP, SKETCH_MAX, Costs, cyclic_assignment, row_minima, row_minima_and_sketch
+from .costs import (
+    CAP,
+    SKETCH_MAX,
+    Costs,
+    column_offsets,
+    cyclic_assignment,
+    row_minima,
+    row_minima_and_sketch,
+    row_minima_and_sketch_less_offsets,
+)
 from .tuning import TUNING
 
 __all__ = ["Problem", "normalise"]
@@ -31,7 +40,10 @@ class Problem:
         The costs, times ``2**power``.
     power : int
         0 but where totals are near the limits of float64.
+    offset : (m,) float64 array
+        What all rows pay for a column, in units of the cost, where that varies from column to column; else 0.
     row_min : (n,) float64 array
+        Smallest cost of each row, offsets taken off.
     sketch : (n, m) or (n, 0) int16 array
     steps : float
         Steps of the sketch per unit of cost; 0 if there is none.
@@ -40,11 +52,12 @@ class Problem:
     assignment : (n,) int64 array
         The best of a few obvious assignments.
     ceiling : float
-        Its total above the row minima.
+        Its total above row minima and offsets, plus the largest offset.
     """
 
     C: npt.NDArray[Any]
     power: int
+    offset: npt.NDArray[np.float64]
     row_min: npt.NDArray[np.float64]
     sketch: npt.NDArray[np.int16]
     steps: float
@@ -58,9 +71,9 @@ class Problem:
         return bool(self.C.shape[0] == self.C.shape[1])
 
     def above_row_minima(self, col4row: npt.NDArray[np.int64]) -> float:
-        """Return the total of an assignment above the row minima."""
+        """Return what `ceiling` is for another assignment."""
         chosen = self.C[np.arange(len(col4row)), col4row].astype(np.float64)
-        return float((chosen - self.row_min).sum())
+        return float((chosen - self.row_min - self.offset[col4row]).sum() + self.offset.max())
 
     def total(self, col4row: npt.NDArray[np.int64]) -> float:
         """Return the sum of the entries chosen, correctly rounded."""
@@ -74,8 +87,8 @@ class Problem:
         scale = math.ldexp(1.0, math.floor(math.log2(CAP / ceiling)) - 1)
         step = scale / self.steps if self.steps else 0.0
         if step < 1.0:  # a step must be a whole number of levels
-            return Costs(self.C, self.row_min, scale, np.empty((len(self.C), 0), np.int16), 0.0)
-        return Costs(self.C, self.row_min, scale, self.sketch, step)
+            return Costs(self.C, self.row_min, scale, self.offset * 0.0, np.empty((len(self.C), 0), np.int16), 0.0)
+        return Costs(self.C, self.row_min, scale, self.offset * scale, self.sketch, step)
 
 
 def normalise(cost: npt.NDArray[Any], threads: int) -> Problem:
@@ -99,27 +112,53 @@ def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> Problem:
     n, m = C.shape
     bits = C.view(f"i{C.itemsize}")
     row_min = np.empty(n)
-    spread = _spread(C)
+    spread, offset_spread, sampled, centre = _sample(C)
     # A sketch pays where rows are long. Its steps are a power of two, for one to be a whole number of levels.
     finest = SKETCH_MAX / (TUNING.sketch_range * spread) if spread > 0.0 and m > TUNING.narrow else 0.0
     steps = math.ldexp(1.0, math.floor(math.log2(finest))) if 1.0 / SAFE < finest < SAFE else 0.0
     sketch = np.empty((n, m if steps else 0), np.int16)
-    if steps:
+    offset = np.zeros(m)
+    real = C.dtype.type
+    eps = float(np.finfo(C.dtype).eps)
+    if steps and m == n and offset_spread > TUNING.offset_spread * spread:
+        # In whole steps, so that the sketch stays a lower bound; above the least, so that no level is negative.
+        column_offsets(C, sampled, centre, offset)
+        offset = np.rint((offset - offset.min()) * steps) / steps
+        near = offset.astype(C.dtype)
+        offset = near.astype(np.float64)
+        over_rows(
+            lambda a, b: row_minima_and_sketch_less_offsets(
+                C, bits, near, real(eps), row_min, sketch, real(steps), a, b
+            ),
+            n,
+            threads,
+        )
+    elif steps:
         # A cost less its row's minimum is rounded, maybe up; the sketch must not be.
-        fewer = C.dtype.type(steps * (1.0 - 4.0 * float(np.finfo(C.dtype).eps)))
+        fewer = real(steps * (1.0 - 4.0 * eps))
         over_rows(lambda a, b: row_minima_and_sketch(C, bits, row_min, sketch, fewer, a, b), n, threads)
     else:
         over_rows(lambda a, b: row_minima(C, bits, row_min, a, b), n, threads)
     ceiling, first = cyclic_assignment(C, row_min)
-    return Problem(C, power, row_min, sketch, steps, spread, (np.arange(n) + first) % m, ceiling)
+    if offset.any():
+        ceiling = max(ceiling - float(offset.sum()), spread) + float(offset.max())
+    return Problem(C, power, offset, row_min, sketch, steps, spread, (np.arange(n) + first) % m, ceiling)
 
 
-def _spread(C: npt.NDArray[Any]) -> float:
-    """Return a standard deviation of the costs, less rows and columns, that a few huge entries cannot move."""
-    sample = C[:: len(C) // 32 + 1, :: C.shape[1] // 64 + 1].astype(np.float64)
+def _sample(C: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Read some costs, for medians that a few huge entries do not move.
+
+    Returns a deviation of the costs less rows and columns, one of the columns, and rows with the median of each.
+    """
+    stride = len(C) // 32 + 1
+    sample = C[::stride, :: C.shape[1] // 64 + 1].astype(np.float64)
     rows, columns = sample.shape
     with np.errstate(over="ignore", invalid="ignore"):
         # Partitions, not np.median: that takes longer than all other steps of a small solve.
-        sample -= np.partition(sample, columns // 2, axis=1)[:, columns // 2, None]
-        sample -= np.partition(sample, rows // 2, axis=0)[rows // 2]
-        return 1.5 * float(np.partition(np.abs(sample), sample.size // 2, axis=None)[sample.size // 2])
+        centre = np.partition(sample, columns // 2, axis=1)[:, columns // 2]
+        sample -= centre[:, None]
+        offset = np.partition(sample, rows // 2, axis=0)[rows // 2]
+        sample -= offset
+        spread = 1.5 * float(np.partition(np.abs(sample), sample.size // 2, axis=None)[sample.size // 2])
+        offset_spread = 1.5 * float(np.partition(np.abs(offset), columns // 2)[columns // 2])
+    return spread, offset_spread, np.arange(rows) * stride, centre

@@ -60,6 +60,7 @@ class Search:
         self.problem, self.budget, self.threads = problem, budget, threads
         self.n, self.m = problem.C.shape
         self.costs = problem.costs(ceiling)
+        self.offset_max = float(self.costs.offset.max())
         # What epsilon is measured in: a deviation of the costs, or what a row pays above its minimum.
         self.spread = min(problem.spread or ceiling / self.n, ceiling) * self.costs.scale
         self.free = np.empty(self.n, np.int64)
@@ -74,9 +75,13 @@ class Search:
 
     def set_prices(self, exact: Floats) -> None:
         """Set the prices, and their sketch above the least of them."""
-        base = float(exact.min())
-        sketch = np.minimum((exact - base) / (self.costs.step or 1.0), SKETCH_MAX).astype(np.int16)
-        self.prices = Prices(exact, sketch, base)
+        base = float((exact + self.costs.offset).min())
+        self.prices = Prices(exact, self.sketched(exact, base), base)
+
+    def sketched(self, exact: Floats, base: float) -> npt.NDArray[np.int16]:
+        """Return prices less column offsets in steps of the sketch above `base`."""
+        steps = np.minimum((exact + self.costs.offset - base) / (self.costs.step or 1.0), SKETCH_MAX)
+        return steps.astype(np.int16)
 
     def make_lists(self, prices: Floats) -> None:
         """Set the prices and make all lists anew."""
@@ -87,10 +92,10 @@ class Search:
         )
         over_rows(lambda a, b: candidates.fill_lists(self.costs, self.prices, self.lists, a, b), self.n, self.threads)
 
-    def initial_prices(self, duals: Floats | None) -> Floats:
-        """Return prices in levels: 0, or those of another solve's column duals."""
+    def initial_prices(self, duals: Floats | None = None) -> Floats:
+        """Return prices in levels: what makes all columns cost the same, or those of another solve's column duals."""
         if duals is None:
-            return np.zeros(self.m)
+            return self.offset_max - self.costs.offset
         prices: Floats = np.rint(np.minimum((duals.max() - duals) * self.costs.scale, CAP))
         return prices
 
@@ -123,9 +128,9 @@ class Search:
         if self.costs.step:
             distinct = bidding.count_distinct_minima_of_sketch(self.costs.sketch, np.zeros(self.m, np.int16))
             if 2 * distinct > self.n:
-                self.make_lists(np.zeros(self.m))
+                self.make_lists(self.initial_prices())
         else:
-            self.make_lists(np.zeros(self.m))
+            self.make_lists(self.initial_prices())
             distinct = bidding.count_distinct_minima(self.lists, np.zeros(self.m, np.bool_))
         return bool(2 * distinct > self.n)
 
@@ -135,7 +140,8 @@ class Search:
         Returns the epsilon to go on with, and whether the matching is good enough as it is.
         """
         first, step = epsilon, self.costs.step
-        p = np.minimum(prices / step, SKETCH_MAX).astype(np.int16)
+        base = float((prices + self.costs.offset).min())
+        p = self.sketched(prices, base)
         while epsilon >= TUNING.sketch_epsilon * step:
             end = self.budget.bids + TUNING.bids_per_row * self.n
             while self.left and not self.budget.spent(end):
@@ -149,17 +155,17 @@ class Search:
             if self.left and not self.budget.spent():
                 # Prices run away, or one is too high to sketch: begin anew, on the lists.
                 self.release()
-                self.make_lists(np.zeros(self.m))
+                self.make_lists(self.initial_prices())
                 return first, False
             if self.left:
                 break
             if tolerance > 0.0:
-                self.set_prices(p.astype(np.float64) * step)
+                self.set_prices(p * step - self.costs.offset + base)
                 if self.gap() <= tolerance:
                     return epsilon, True
             epsilon /= TUNING.epsilon_factor
             self.release()
-        self.make_lists(p.astype(np.float64) * step)
+        self.make_lists(p * step - self.costs.offset + base)
         return epsilon, False
 
     def auction_on_lists(self, epsilon: float, tolerance: float, max_reads: int) -> bool:
@@ -171,7 +177,7 @@ class Search:
             if reads >= max_reads and self.left:
                 # So many columns are within epsilon that lists are of no use: the shortest paths do without.
                 self.release()
-                self.make_lists(np.zeros(self.m))
+                self.make_lists(self.initial_prices())
                 return False
             if self.left and (columns_reduced or self.budget.spent()):
                 return False

@@ -17,6 +17,7 @@ class Tuning(NamedTuple):
     reads_per_row: int = 2
     greedy_bids_per_row: int = 4
     reduction_bids_per_row: int = 20
+    offset_spread: float = 0.6
     sketch_range: float = 8.0
     sketch_epsilon: float = 3.0
     list_size: int = 48
