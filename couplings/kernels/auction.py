@@ -1,4 +1,4 @@
-"""Where `solve` used to be; it is in `couplings.kernels.assignment`."""
+"""Where `solve` used to be; it is in `couplings.kernels`."""
 
 from couplings.kernels.assignment import Solution, solve
 

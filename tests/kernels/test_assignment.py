@@ -14,13 +14,13 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from couplings.kernels.assignment import bidding, paths, solve
+from couplings.kernels.assignment import bidding, paths, solve, solve_blocks
 from couplings.kernels.assignment.problem import normalise
 from couplings.kernels.assignment.search import Budget, Search
 from couplings.kernels.assignment.tuning import TUNING
 from tests.kernels.families import FAMILIES
 
-SIZES = [150, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2, 3, 17, 64, 65, 257, 600))]
+SIZES = [100, 300, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2, 3, 17, 64, 256, 257, 600))]
 
 
 def family(name, n, m=None, dtype=np.float32, seed=None):
@@ -57,10 +57,10 @@ def test_every_family_is_solved_exactly(name, n):
         assert solution.gap <= 1e-6
 
 
-@pytest.mark.parametrize("m", [40, *(pytest.param(m, marks=pytest.mark.thorough) for m in (1, 5, 300))])
+@pytest.mark.parametrize("m", [40, 450, *(pytest.param(m, marks=pytest.mark.thorough) for m in (1, 5, 900))])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_more_columns_than_rows(name, m):
-    cost = family(name, max(1, m // 3), m)
+    cost = family(name, max(1, m // 2), m)
     check(cost, solve(cost))
 
 
@@ -85,21 +85,25 @@ def test_random_problems_have_no_wrong_optimum():
 
 def test_the_certificate_is_tight_where_levels_lose_nothing_that_shows():
     for name in ("image-like", "points-2d", "pareto", "integers"):
-        solution = solve(family(name, 200))
-        assert solution.lower_bound <= solution.total <= solution.lower_bound + 1e-7 * abs(solution.total)
+        for n in (200, 300):
+            solution = solve(family(name, n))
+            assert solution.lower_bound <= solution.total <= solution.lower_bound + 1e-7 * abs(solution.total)
 
 
-def test_prices_prove_the_optimum():
-    cost = family("image-like", 120, dtype=np.float64)
+@pytest.mark.parametrize("n", [120, 300])
+@pytest.mark.parametrize("name", ["image-like", "distances"])
+def test_prices_prove_the_optimum(name, n):
+    cost = family(name, n, dtype=np.float64)
     prices = solve(cost).prices
     bound = (cost - prices).min(1).sum() + prices.sum()
     assert bound == pytest.approx(optimum(cost), rel=1e-9)
 
 
+@pytest.mark.parametrize("n", [70, 300])
 @pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("scale", [-1060, -1000, -880, 900])
-def test_a_power_of_two_changes_no_pair(scale, huge):
-    cost = np.random.default_rng(0).integers(0, 2**14, (70, 70)) * 1.0
+def test_a_power_of_two_changes_no_pair(scale, huge, n):
+    cost = np.random.default_rng(0).integers(0, 2**14, (n, n)) * 1.0
     plain = solve(cost)
     scaled = np.ldexp(cost, scale)
     if huge:
@@ -111,11 +115,11 @@ def test_a_power_of_two_changes_no_pair(scale, huge):
     assert solution.gap <= 1e-6
 
 
-def test_costs_near_the_largest_number_there_is():
-    cost = (2 * np.random.default_rng(0).random((70, 70)) - 1) * 1.7e308
-    solution = solve(cost)
+@pytest.mark.parametrize("n", [70, 300])
+def test_costs_near_the_largest_number_there_is(n):
+    cost = (2 * np.random.default_rng(0).random((n, n)) - 1) * 1.7e308
     check(cost / 2**20, solve(cost / 2**20))
-    assert np.array_equal(solution.index, solve(cost / 2**20).index)
+    assert np.array_equal(solve(cost).index, solve(cost / 2**20).index)
 
 
 def unmatched(cost):
@@ -183,14 +187,15 @@ def test_a_tolerance_saves_bids():
     assert solve(cost, tolerance=0.02).bids < solve(cost).bids
 
 
-def test_warm_start_changes_no_optimum():
+@pytest.mark.parametrize("n", [80, 300])
+def test_warm_start_changes_no_optimum(n):
     rng = np.random.default_rng(5)
-    cost = rng.random((80, 80)) + 10.0 * rng.random(80)
+    cost = rng.random((n, n)) + 10.0 * rng.random(n)
     first = solve(cost)
-    again = solve(cost + 1e-3 * rng.random((80, 80)), warm_start=first.prices)
+    again = solve(cost + 1e-3 * rng.random((n, n)), warm_start=first.prices)
     assert again.gap <= 1e-6
     assert solve(cost, warm_start=first.prices).total == pytest.approx(first.total, rel=1e-12)
-    assert solve(cost, warm_start=1e9 * rng.standard_normal(80)).total == pytest.approx(first.total, rel=1e-6)
+    assert solve(cost, warm_start=1e9 * rng.standard_normal(n)).total == pytest.approx(first.total, rel=1e-6)
 
 
 def test_warm_start_saves_bids_on_a_similar_problem():
@@ -204,7 +209,7 @@ def test_warm_start_saves_bids_on_a_similar_problem():
 
 @pytest.mark.parametrize("name", ["image-like", "points-1d", "blocks"])
 def test_threads_change_nothing(name, monkeypatch):
-    monkeypatch.setattr("couplings.kernels.assignment.TUNING", TUNING._replace(serial_entries=0))
+    monkeypatch.setattr("couplings.kernels.assignment.solver.TUNING", TUNING._replace(serial_entries=0))
     cost = family(name, 300)
     one, two = solve(cost, threads=1), solve(cost, threads=2)
     assert np.array_equal(one.index, two.index)
@@ -242,13 +247,79 @@ def test_the_interpreter_runs_on_during_a_solve():
     assert longest < 0.9 * (time.perf_counter() - started)
 
 
+@pytest.mark.parametrize("n", [90, 300])
 @pytest.mark.parametrize("view", [lambda c: c.T, lambda c: c[::-1, ::-1], lambda c: np.asfortranarray(c)])
-def test_any_strides_and_the_input_stays_as_it_was(view):
-    cost = np.random.default_rng(7).random((2, 90, 90)).astype(np.float32)[1]
+def test_any_strides_and_the_input_stays_as_it_was(view, n):
+    cost = np.random.default_rng(7).random((2, n, n)).astype(np.float32)[1]
     given = view(cost)
     before = given.copy()
     check(np.ascontiguousarray(given), solve(given))
     assert np.array_equal(given, before)
+
+
+def forbid(cost, pattern):
+    """Forbid pairs so that some assignment is left."""
+    n, m = cost.shape
+    rng = np.random.default_rng(1)
+    i, j = np.arange(n)[:, None], np.arange(m)
+    allowed = {
+        "random": rng.random((n, m)) < 0.1,
+        "band": abs(i - j) <= 1,
+        "triangle": j <= i,
+        "blocks": i % 3 == j % 3,
+    }
+    return np.where(allowed[pattern] | (i == j), cost, np.inf)[rng.permutation(n)]
+
+
+@pytest.mark.parametrize("pattern", ["random", "band", "triangle", "blocks"])
+@pytest.mark.parametrize(("n", "m"), [(60, 60), (60, 80), (300, 300), (300, 400)])
+def test_forbidden_pairs_are_never_chosen(n, m, pattern):
+    for name in ("image-like", "integers", "column-offsets"):
+        for dtype in (np.float32, np.float64):
+            cost = forbid(family(name, n, m, dtype), pattern).astype(dtype)
+            solution = solve(cost)
+            assert solution.exact
+            assert solution.total == pytest.approx(optimum(cost), rel=1e-6)
+            for limit in ({"max_bids": 10}, {"max_seconds": 0.0}, {"tolerance": 0.5}):
+                assert np.isfinite(solve(cost, **limit).total)
+
+
+@pytest.mark.parametrize("n", [60, 300])
+def test_rows_that_cannot_be_matched_are_counted(n):
+    cost = family("image-like", n)
+    cost[:20, 3:] = np.inf
+    with pytest.raises(ValueError, match=f"17 of {n} rows cannot be matched"):
+        solve(cost)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("n", [60, 300])
+def test_nan_and_minus_infinity_are_refused(n, value):
+    cost = family("image-like", n)
+    cost[-1, 5] = value
+    with pytest.raises(ValueError, match="cost must hold numbers or"):
+        solve(cost)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_are_solved_as_alone(threads, monkeypatch):
+    monkeypatch.setattr("couplings.kernels.assignment.blocks.TUNING", TUNING._replace(serial_entries=0))
+    sizes = np.array([5, 0, 1, 300, 40, 40, 2])
+    for dtype in (np.float32, np.float64):
+        costs = [family("image-like", n, dtype=dtype) for n in sizes[sizes > 0]]
+        costs[0] = forbid(costs[0], "band").astype(dtype)
+        costs[1][:] = 1e-310 if dtype is np.float64 else 3.0
+        index, slack = solve_blocks(np.concatenate([c.ravel() for c in costs]), sizes, threads=threads)
+        alone = [solve(c) for c in costs]
+        assert np.array_equal(index, np.concatenate([s.index for s in alone]))
+        assert 0.0 <= slack <= 1e-7 * sum(abs(s.total) for s in alone)
+
+
+def test_blocks_say_which_has_no_assignment():
+    with pytest.raises(ValueError, match="block 1: 2 of 2 rows"):
+        solve_blocks(np.array([1.0, np.inf, np.inf, np.inf, np.inf]), np.array([1, 2]))
+    with pytest.raises(ValueError, match="costs must be flat"):
+        solve_blocks(np.zeros(3), np.array([2]))
 
 
 @pytest.mark.parametrize(
@@ -284,22 +355,29 @@ def test_options_out_of_range_are_refused(option, error, message):
 
 def test_warmup_leaves_nothing_to_compile():
     code = """
+        import importlib, pkgutil
         import numpy as np
-        import couplings
-        couplings.warmup()
-        from couplings.kernels import assignment
-        from couplings.kernels.assignment import bidding, candidates, certificate, costs, paths, solve
+        import couplings.kernels
+        couplings.kernels.warmup()
+        from couplings.kernels import assignment, solve, solve_blocks
         from tests.kernels.families import FAMILIES
 
         def compiled():
-            kernels = {k: v for m in (bidding, candidates, certificate, costs, paths) for k, v in vars(m).items()}
+            names = [m.name for m in pkgutil.walk_packages(couplings.kernels.__path__, "couplings.kernels.")]
+            kernels = {(m, k): v for m in names for k, v in vars(importlib.import_module(m)).items()}
             return {k: len(v.signatures) for k, v in kernels.items() if hasattr(v, "signatures")}
 
         before = compiled()
         for dtype in (np.float32, np.float64):
-            for family in FAMILIES.values():
-                for rows, columns in ((3, 3), (20, 60), (100, 100), (70, 90), (300, 300)):
-                    solve(np.array(family(columns, np.random.default_rng(0))[:rows], dtype=dtype))
+            for name, family in FAMILIES.items():
+                for rows, columns in ((1, 1), (3, 3), (20, 60), (70, 90), (300, 300), (200, 400)):
+                    cost = np.array(family(columns, np.random.default_rng(0))[:rows], dtype=dtype)
+                    solve(cost)
+                    if rows == columns:
+                        solve_blocks(np.tile(cost.ravel(), 2), np.array([rows, rows]))
+                    if rows > 1:
+                        cost[0, 1:] = np.inf
+                        solve(cost)
         assert compiled() == before, {k: v for k, v in compiled().items() if v != before[k]}
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=280)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._jit import jit
 from .candidates import Lists, fill_list, group_count, group_minima_of_sketch, merge_groups, row_dual, work_space
-from .costs import CAP, SKETCH_MAX, Costs, Integers, Prices, Shorts, int16, level, raise_price
+from .costs import MAX_PRICE, SKETCH_MAX, Costs, Integers, Prices, Shorts, int16, level, raise_price
 from .tuning import TUNING
 
 __all__ = ["bid", "bid_on_sketch", "count_distinct_minima", "count_distinct_minima_of_sketch", "free_loose_rows"]
@@ -48,6 +48,7 @@ def bid(
     waiting = 0
     bids = 0
     reads = 0
+    most = MAX_PRICE / levels.shape[0]
     failures = 0  # five for each row that the sketch was too coarse for, less one for each other
     while count > 0 and bids < max_bids and reads < max_reads:
         count -= 1
@@ -77,8 +78,9 @@ def bid(
             for k in range(lengths[i]):
                 if levels[i, k] + p[columns[i, k]] == best and row4col[columns[i, k]] < 0:
                     j = columns[i, k]
-        # What lies outside the list is no cheaper than `beyond`: bidding up to it is safe, if modest.
-        second = max(best, min(second, beyond[i], best + CAP))
+        # What lies outside the list is no cheaper than `beyond`: bidding up to it is safe, if modest. So is a bid that
+        # does not run up the price of a row's only allowed column.
+        second = max(best, min(second, beyond[i], best + most))
         previous = row4col[j]
         if epsilon == 0.0 and second == best and previous >= 0:
             aside[waiting] = i

@@ -187,16 +187,8 @@ def fill_list(costs: Costs, i: int, prices: Prices, lists: Lists, work: Work, tr
     C, row_min, scale, _, sketch, step = costs
     minima, sketch_minima, hits = work
     p = prices.exact
-    m = p.size
     columns = lists.columns[i]
     levels = lists.levels[i]
-    if m <= columns.size:
-        for j in range(m):
-            columns[j] = j
-            levels[j] = level(C[i, j], row_min[i], scale)
-        lists.lengths[i] = m
-        lists.beyond[i] = np.inf
-        return
     if try_sketch and sketch.shape[1] > 0:
         group_minima_of_sketch(sketch, i, prices.sketch, sketch_minima)
         h = merge_groups(sketch_minima)

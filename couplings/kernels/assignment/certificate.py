@@ -9,13 +9,12 @@ import numpy as np
 from .._jit import jit
 from .._threads import over_rows
 from .candidates import collect_from_sketch, group_minima, group_minima_of_sketch, work_space
-from .costs import SKETCH_MAX, Costs, Floats, Integers, Prices, int16, is_lossless, level, row_minimum
+from .costs import SKETCH_MAX, Costs, Floats, Integers, Prices, int16, is_lossless, level
 from .tuning import TUNING
 
 __all__ = ["lower_bound", "relative_gap"]
 
 LIST_SIZE = TUNING.list_size
-NARROW = TUNING.narrow
 
 
 def relative_gap(total: float, bound: float) -> float:
@@ -67,11 +66,8 @@ def row_slacks(
             for k in range(n):
                 u = min(u, level(C[i, columns[k]], row_min[i], scale) + p[columns[k]])
         if n < 0:
-            if p.size > NARROW:
-                group_minima(C, i, row_min[i], scale, p, minima)
-                for b in range(minima.size):
-                    u = minima[b] if minima[b] < u else u
-            else:
-                u = row_minimum(costs, i, p)
+            group_minima(C, i, row_min[i], scale, p, minima)
+            for b in range(minima.size):
+                u = minima[b] if minima[b] < u else u
         dual[i] = u
         slack[i] = own - u

@@ -17,9 +17,11 @@ import numpy.typing as npt
 
 from .._jit import jit
 
-__all__ = ["CAP", "SKETCH_MAX", "Costs", "Prices"]
+__all__ = ["CAP", "LARGEST_TOTAL", "MAX_PRICE", "SKETCH_MAX", "SMALLEST_TOTAL", "Costs", "Prices"]
 
 CAP = 2.0**48  # largest level: dearer than a whole feasible assignment
+MAX_PRICE = 2.0**51  # sums of a few prices and levels are exact in float64
+SMALLEST_TOTAL, LARGEST_TOTAL = 2.0**-900, 2.0**1000  # beyond, the number of levels in a unit may overflow or vanish
 SKETCH_MAX = 16383  # largest sketched level and price: their sum fits an int16
 
 Floats = npt.NDArray[np.float64]
@@ -66,19 +68,39 @@ def minimum(bits: Any, out: Any) -> None:
 
 
 @jit
-def row_minima(C: Any, bits: Any, row_min: Floats, start: int, stop: int) -> None:
-    """Find the smallest cost of each row."""
+def is_finite(bits: Any, infinity: Any) -> bool:
+    """Return whether no float, given as an integer, is infinite or NaN: both have all bits of an infinity set."""
+    integer = bits.dtype.type
+    most = integer(0)
+    for j in range(bits.size):
+        k = integer(bits[j] & infinity)
+        most = k if k > most else most
+    return bool(most < infinity)
+
+
+@jit
+def row_minima(C: Any, bits: Any, infinity: Any, row_min: Floats, finite: Any, start: int, stop: int) -> None:
+    """Find the smallest cost of each row, and whether all are finite."""
     out = np.empty(1, bits.dtype)
     for i in range(start, stop):
         minimum(bits[i], out)
         row_min[i] = out.view(C.dtype)[0]
+        finite[i] = is_finite(bits[i], infinity)
 
 
 @jit
 def row_minima_and_sketch(
-    C: Any, bits: Any, row_min: Floats, sketch: Shorts, steps: Any, start: int, stop: int
+    C: Any,
+    bits: Any,
+    infinity: Any,
+    row_min: Floats,
+    finite: Any,
+    sketch: Shorts,
+    steps: Any,
+    start: int,
+    stop: int,
 ) -> None:
-    """Find the smallest cost of each row and, while the row is in the cache, sketch it in `steps` per unit of cost.
+    """Do what `row_minima` does and, while the row is in the cache, sketch it, in `steps` per unit of cost.
 
     In the precision of the matrix, whose rounding `steps`, of that type, must make up for.
     """
@@ -88,6 +110,7 @@ def row_minima_and_sketch(
         minimum(bits[i], out)
         r = out.view(C.dtype)[0]
         row_min[i] = r
+        finite[i] = is_finite(bits[i], infinity)
         for j in range(C.shape[1]):
             x = (C[i, j] - r) * steps
             sketch[i, j] = int16(x if x < most else most)
@@ -123,7 +146,17 @@ def column_offsets(C: Any, rows: Integers, centre: Floats, offset: Floats) -> No
 
 @jit
 def row_minima_and_sketch_less_offsets(
-    C: Any, bits: Any, offset: Any, eps: Any, row_min: Floats, sketch: Shorts, steps: Any, start: int, stop: int
+    C: Any,
+    bits: Any,
+    infinity: Any,
+    row_min: Floats,
+    finite: Any,
+    sketch: Shorts,
+    steps: Any,
+    offset: Any,
+    eps: Any,
+    start: int,
+    stop: int,
 ) -> None:
     """Do what `row_minima_and_sketch` does on costs less an offset of each column.
 
@@ -138,6 +171,7 @@ def row_minima_and_sketch_less_offsets(
     for i in range(start, stop):
         for j in range(m):
             rest[j] = C[i, j] - offset[j]
+        finite[i] = is_finite(bits[i], infinity)
         minimum(rest.view(bits.dtype), out)
         r = out.view(C.dtype)[0]
         error = eps * abs(r)

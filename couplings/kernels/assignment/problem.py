@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .._threads import over_rows
+from ..feasibility import check_feasible
 from .costs import (
     CAP,
+    LARGEST_TOTAL,
     SKETCH_MAX,
+    SMALLEST_TOTAL,
     Costs,
     column_offsets,
     cyclic_assignment,
@@ -26,8 +29,6 @@ from .tuning import TUNING
 __all__ = ["Problem", "normalise"]
 
 SAFE = 1e30  # steps of a sketch per unit of cost, or units per step, that float32 multiplies by without loss
-FAINT = 2.0**-900  # totals too small to be measured in levels: the number of levels in a unit would overflow
-NEARER, FARTHER = 600, -100  # powers of two that mend a total which is too small, or overflows
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Problem:
     spread : float
         Standard deviation of the costs less rows and columns.
     assignment : (n,) int64 array
-        The best of a few obvious assignments.
+        The best of a few obvious assignments, or one that has no forbidden pair.
     ceiling : float
         Its total above row minima and offsets, plus the largest offset.
     """
@@ -92,18 +93,29 @@ class Problem:
 
 
 def normalise(cost: npt.NDArray[Any], threads: int) -> Problem:
-    """Read the costs once: row minima, sketch, a first assignment; scaled by a power of two where they must be."""
+    """Read the costs once: row minima, sketch, a first assignment; scaled by a power of two where they must be.
+
+    Raises ValueError for NaN, -inf, and forbidden pairs that no assignment avoids.
+    """
     problem = _normalise(cost, 0, threads)
-    if 0.0 < problem.ceiling < FAINT:
-        return _normalise(_scaled(cost, NEARER), NEARER, threads)
-    if problem.ceiling == math.inf:
-        return _normalise(_scaled(cost, FARTHER), FARTHER, threads)
-    return problem
+    power = power_in_range(problem.ceiling)
+    return _normalise(scaled(cost, power), power, threads) if power else problem
 
 
-def _scaled(cost: npt.NDArray[Any], power: int) -> npt.NDArray[np.float64]:
+def power_in_range(ceiling: float) -> int:
+    """Return the power of two to scale costs by, for a total that is near the limits of float64; else 0."""
+    if 0.0 < ceiling < SMALLEST_TOTAL:
+        return 600
+    return -100 if ceiling > LARGEST_TOTAL else 0
+
+
+def scaled(cost: npt.NDArray[Any], power: int) -> npt.NDArray[np.float64]:
+    """Return costs times a power of two; what overflows is as large as can be, but not forbidden."""
     with np.errstate(over="ignore"):
-        return np.clip(np.ldexp(cost.astype(np.float64), power), -sys.float_info.max, sys.float_info.max)
+        near = np.clip(np.ldexp(cost.astype(np.float64), power), -sys.float_info.max, sys.float_info.max)
+    near[np.isinf(cost)] = np.inf
+    near.flags.writeable = False
+    return near
 
 
 def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> Problem:
@@ -113,36 +125,38 @@ def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> Problem:
     bits = C.view(f"i{C.itemsize}")
     row_min = np.empty(n)
     spread, offset_spread, sampled, centre = _sample(C)
-    # A sketch pays where rows are long. Its steps are a power of two, for one to be a whole number of levels.
-    finest = SKETCH_MAX / (TUNING.sketch_range * spread) if spread > 0.0 and m > TUNING.narrow else 0.0
+    # The steps of the sketch are a power of two, for one to be a whole number of levels.
+    finest = SKETCH_MAX / (TUNING.sketch_range * spread) if spread > 0.0 else 0.0
     steps = math.ldexp(1.0, math.floor(math.log2(finest))) if 1.0 / SAFE < finest < SAFE else 0.0
     sketch = np.empty((n, m if steps else 0), np.int16)
     offset = np.zeros(m)
-    real = C.dtype.type
-    eps = float(np.finfo(C.dtype).eps)
+    finite = np.empty(n, np.bool_)
+    real, eps = C.dtype.type, float(np.finfo(C.dtype).eps)
+    found = (C, bits, np.array(np.inf, C.dtype).view(bits.dtype)[()], row_min, finite)
     if steps and m == n and offset_spread > TUNING.offset_spread * spread:
         # In whole steps, so that the sketch stays a lower bound; above the least, so that no level is negative.
         column_offsets(C, sampled, centre, offset)
-        offset = np.rint((offset - offset.min()) * steps) / steps
-        near = offset.astype(C.dtype)
+        if not np.isfinite(offset).all():
+            offset[:] = 0.0
+        near = (np.rint((offset - offset.min()) * steps) / steps).astype(C.dtype)
         offset = near.astype(np.float64)
-        over_rows(
-            lambda a, b: row_minima_and_sketch_less_offsets(
-                C, bits, near, real(eps), row_min, sketch, real(steps), a, b
-            ),
-            n,
-            threads,
-        )
+        rounding = (real(steps), near, real(eps))
+        over_rows(lambda a, b: row_minima_and_sketch_less_offsets(*found, sketch, *rounding, a, b), n, threads)
     elif steps:
         # A cost less its row's minimum is rounded, maybe up; the sketch must not be.
         fewer = real(steps * (1.0 - 4.0 * eps))
-        over_rows(lambda a, b: row_minima_and_sketch(C, bits, row_min, sketch, fewer, a, b), n, threads)
+        over_rows(lambda a, b: row_minima_and_sketch(*found, sketch, fewer, a, b), n, threads)
     else:
-        over_rows(lambda a, b: row_minima(C, bits, row_min, a, b), n, threads)
-    ceiling, first = cyclic_assignment(C, row_min)
+        over_rows(lambda a, b: row_minima(*found, a, b), n, threads)
+    assignment = None if finite.all() else check_feasible(C)
+    if assignment is None:
+        ceiling, first = cyclic_assignment(C, row_min)
+        assignment = (np.arange(n) + first) % m
+    else:
+        ceiling = float((C[np.arange(n), assignment].astype(np.float64) - row_min).sum())
     if offset.any():
         ceiling = max(ceiling - float(offset.sum()), spread) + float(offset.max())
-    return Problem(C, power, offset, row_min, sketch, steps, spread, (np.arange(n) + first) % m, ceiling)
+    return Problem(C, power, offset, row_min, sketch, steps, spread, assignment, ceiling)
 
 
 def _sample(C: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -153,6 +167,9 @@ def _sample(C: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.int64], n
     stride = len(C) // 32 + 1
     sample = C[::stride, :: C.shape[1] // 64 + 1].astype(np.float64)
     rows, columns = sample.shape
+    if not np.isfinite(sample).all():  # a forbidden pair counts for none, as far as that goes
+        usual = np.median(sample[np.isfinite(sample)]) if np.isfinite(sample).any() else 0.0
+        sample[~np.isfinite(sample)] = usual
     with np.errstate(over="ignore", invalid="ignore"):
         # Partitions, not np.median: that takes longer than all other steps of a small solve.
         centre = np.partition(sample, columns // 2, axis=1)[:, columns // 2]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .._threads import over_rows
 from . import bidding, candidates, certificate, paths
-from .costs import CAP, SKETCH_MAX, Prices
+from .costs import CAP, MAX_PRICE, SKETCH_MAX, Prices
 from .problem import Problem
 from .tuning import TUNING
 
@@ -86,7 +86,7 @@ class Search:
     def make_lists(self, prices: Floats) -> None:
         """Set the prices and make all lists anew."""
         self.set_prices(prices)
-        shape = (self.n, self.m if self.m <= TUNING.narrow else TUNING.list_size)
+        shape = (self.n, TUNING.list_size)
         self.lists = candidates.Lists(
             np.empty(shape, np.uint32), np.empty(shape), np.zeros(self.n, np.int64), np.full(self.n, -np.inf)
         )
@@ -231,6 +231,10 @@ class Search:
         """Match the rows that are not tight, and those still free, until the matching is optimal."""
         self.left = bidding.free_loose_rows(self.costs, self.prices, self.lists, self.row4col, self.col4row, self.free)
         self.bid(0.0, self.budget.bids + TUNING.reduction_bids_per_row * self.n)
+        if self.prices.exact.max() > MAX_PRICE:
+            # Rows with few allowed columns ran up their prices beyond what is exact.
+            self.release()
+            self.make_lists(self.initial_prices())
         # A forest raises prices of free columns, which rectangular problems forbid.
         max_dense = TUNING.few_rows if self.m == self.n else self.n
         while self.left and not self.budget.spent():
@@ -273,6 +277,10 @@ class Search:
             j = vacant[np.argmin(self.costs.C[i, vacant])]
             self.row4col[j], self.col4row[i] = i, j
         self.left = 0
+        if self.problem.C[np.arange(self.n), self.col4row].max() == np.inf:  # a forbidden pair
+            self.col4row = self.problem.assignment
+            self.row4col[:] = -1
+            self.row4col[self.col4row] = np.arange(self.n)
 
     def gap(self) -> float:
         """Return the certified relative gap of the present matching."""

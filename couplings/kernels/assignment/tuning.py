@@ -27,7 +27,8 @@ class Tuning(NamedTuple):
     sketch_failures: int = 64
     search_failures: int = 16
     search_fills: int = 64
-    narrow: int = 64
+    dense_entries: int = 65536
+    dense_bids_per_row: int = 4
     few_rows: int = 16
     forest_share: float = 0.2
     forest_crowding: int = 4
