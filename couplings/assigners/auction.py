@@ -1,14 +1,13 @@
 """The default: our fixed-point auction, finished by shortest augmenting paths, with a dual certificate.
 
 Bertsekas (1988), The auction algorithm, doi:10.1007/BF02186476; Jonker and Volgenant (1987), doi:10.1007/BF02278710.
-The loops are in `couplings.kernels.auction`.
+It is explained in `couplings.kernels.assignment.solver`.
 """
 
 import torch
 from torch import Tensor
 
 from couplings.assigners.method import Assignment
-from couplings.stages import stage
 
 
 def assign(
@@ -24,7 +23,7 @@ def assign(
     Parameters
     ----------
     cost : (n, m) Tensor
-        With ``m >= n``.
+        With ``m >= n``. An entry of +inf is a forbidden pair.
     generator : torch.Generator, optional
         Not used: the method is deterministic.
     tolerance : float
@@ -34,15 +33,51 @@ def assign(
     max_seconds : float, optional
         Stop after this many seconds, likewise; the one option whose result depends on the machine's speed.
     """
-    from couplings.kernels.auction import solve
+    from couplings.kernels import solve
 
-    with stage("conversion"):
-        matrix = cost.numpy(force=True)
     solution = solve(
-        matrix,
+        cost.numpy(force=True),
         tolerance=tolerance,
         max_bids=max_bids,
         max_seconds=max_seconds,
         threads=torch.get_num_threads(),
     )
     return Assignment(torch.from_numpy(solution.index), max(0.0, solution.total - solution.lower_bound))
+
+
+def assign_blocks(
+    costs: Tensor,
+    sizes: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    tolerance: float = 0.0,
+    max_bids: int | None = None,
+    max_seconds: float | None = None,
+) -> Assignment:
+    """Solve many square problems in one call.
+
+    Parameters
+    ----------
+    costs : (sum of sizes**2,) Tensor
+        The problems one after the other, each row by row.
+    sizes : (b,) int64 Tensor
+        Rows of each.
+    generator, tolerance, max_bids, max_seconds
+        As for `assign`, for each problem.
+
+    Returns
+    -------
+    Assignment
+        Column of each row within its own problem, and how far all problems together may be from the optimum.
+    """
+    from couplings.kernels import solve_blocks
+
+    index, slack = solve_blocks(
+        costs.numpy(force=True),
+        sizes.numpy(force=True),
+        tolerance=tolerance,
+        max_bids=max_bids,
+        max_seconds=max_seconds,
+        threads=torch.get_num_threads(),
+    )
+    return Assignment(torch.from_numpy(index), slack)

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from couplings.assigners.registry import Assignment
+from couplings.assigners.method import Assignment
+from couplings.kernels.feasibility import check_feasible
 
 Vector = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
@@ -59,7 +60,7 @@ def solve(cost: Tensor, solver: Solver, bits: int, method: str) -> Assignment:
     n, m = cost.shape
     matrix = np.zeros((m, m))  # m - n rows of zeros take the columns that are left
     matrix[:n] = cost.numpy(force=True)
-    index = _any_assignment(matrix)
+    index = _any_assignment(matrix, n)
     exponent = max(0, _exponent(np.abs(matrix[np.isfinite(matrix)]).max()) - 960)
     matrix = np.ldexp(matrix, -exponent)  # no sum or difference overflows
     rows, prices = np.arange(m), (matrix - matrix.min(1, keepdims=True)).min(0)
@@ -94,18 +95,12 @@ def solve(cost: Tensor, solver: Solver, bits: int, method: str) -> Assignment:
     return Assignment(torch.from_numpy(index[:n].astype(np.int64)), slack)
 
 
-def _any_assignment(matrix: Matrix) -> Vector:
-    """Find an assignment of finite entries, the identity if it is one."""
-    if np.isfinite(matrix.diagonal()).all() and not np.isinf(matrix).any():
+def _any_assignment(matrix: Matrix, n: int) -> Vector:
+    """Find an assignment of finite entries: the identity where all are finite."""
+    found = check_feasible(matrix[:n])
+    if found is None:
         return np.arange(len(matrix))
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import maximum_bipartite_matching
-
-    from couplings.kernels.feasibility import check_feasible
-
-    check_feasible(matrix)
-    columns: Vector = maximum_bipartite_matching(csr_array(np.isfinite(matrix)), perm_type="column")
-    return columns
+    return np.concatenate([found, np.setdiff1d(np.arange(len(matrix)), found)])
 
 
 def _reduced(matrix: Matrix, index: Vector, prices: Vector) -> tuple[Matrix, float]:

@@ -7,13 +7,9 @@ Ties go to the lowest row, then the lowest column. The loop is in `couplings.ker
 import torch
 from torch import Tensor
 
-from couplings.stages import stage
-
 
 def assign(cost: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Take the smallest entry, cross out its row and column, repeat."""
     from couplings.kernels.greedy import greedy
 
-    with stage("conversion"):
-        matrix = cost.numpy(force=True)
-    return torch.from_numpy(greedy(matrix))
+    return torch.from_numpy(greedy(cost.numpy(force=True)))

@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from couplings.stages import stage
-
 
 def assign(
     cost: Tensor,
@@ -38,8 +36,5 @@ def assign(
         msg = f"noise_rank= must be 'cost' or 'dot', got {noise_rank!r}."
         raise ValueError(msg)
     data, noise = points
-    with stage("cost"):
-        score = cost if noise_rank == "cost" else -(data @ noise.T)
-    with stage("conversion"):
-        of_data, of_noise = cost.numpy(force=True), score.numpy(force=True)
-    return torch.from_numpy(stable(of_data, of_noise))
+    score = cost if noise_rank == "cost" else -(data @ noise.T)
+    return torch.from_numpy(stable(cost.numpy(force=True), score.numpy(force=True)))

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._jit import jit
+from .assignment.costs import is_finite
+from .feasibility import Infeasible, check_feasible
 
 __all__ = ["greedy", "stable"]
 
@@ -85,10 +87,26 @@ def _matching(cost: npt.NDArray[Any], score: npt.NDArray[Any]) -> npt.NDArray[np
         raise ValueError(msg)
     if score.dtype != cost.dtype:
         cost, score = cost.astype(np.float64), score.astype(np.float64)
+    forbidden = not (_finite(cost) and (score is cost or _finite(score)))
+    if forbidden:
+        check_feasible(cost)
+        if np.isnan(score).any():
+            msg = f"noise_score must hold numbers, got {np.isnan(score).sum()} NaN"
+            raise ValueError(msg)
     rows, scores = np.ascontiguousarray(cost).view(), np.ascontiguousarray(score).view()
     rows.flags.writeable = scores.flags.writeable = False
     index: npt.NDArray[np.int64] = defer(rows, scores, np.empty(len(rows), np.int64))
+    if forbidden and (stuck := int(np.isinf(cost[np.arange(len(index)), index]).sum())):
+        msg = (
+            f"{stuck} of {len(index)} rows are left with forbidden pairs (+inf) only; an exact method matches them all"
+        )
+        raise Infeasible(msg)
     return index
+
+
+def _finite(matrix: npt.NDArray[Any]) -> bool:
+    flat = np.ascontiguousarray(matrix).ravel().view(f"i{matrix.itemsize}")
+    return bool(is_finite(flat, np.array(np.inf, matrix.dtype).view(flat.dtype)[()]))
 
 
 def greedy(cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -97,12 +115,18 @@ def greedy(cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     Parameters
     ----------
     cost : (n, m) float32 or float64 array, m >= n
-        Finite; never modified.
+        Never modified. An entry of +inf is a forbidden pair.
 
     Returns
     -------
     (n,) int64
         Column of each row; all different.
+
+    Raises
+    ------
+    ValueError
+        If there is a NaN or -inf, or a row is left with forbidden pairs only: says how many are, or, where no
+        assignment avoids that, how many must be.
 
     Notes
     -----
@@ -118,7 +142,8 @@ def stable(cost: npt.NDArray[Any], noise_score: npt.NDArray[Any]) -> npt.NDArray
     Parameters
     ----------
     cost : (n, m) float32 or float64 array, m >= n
-        Row i prefers column j where ``cost[i, j]`` is small; ties go to the lower column.
+        Row i prefers column j where ``cost[i, j]`` is small; ties go to the lower column. An entry of +inf is a
+        forbidden pair.
     noise_score : (n, m) array
         Column j prefers row i where ``noise_score[i, j]`` is small; ties go to the lower row.
 
@@ -126,6 +151,11 @@ def stable(cost: npt.NDArray[Any], noise_score: npt.NDArray[Any]) -> npt.NDArray
     -------
     (n,) int64
         Column of each row; all different. Best for every row among stable matchings.
+
+    Raises
+    ------
+    ValueError
+        As `greedy`.
 
     References
     ----------

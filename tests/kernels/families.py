@@ -1,5 +1,7 @@
 """Costs that break naive solvers, by name: ``FAMILIES[name](n, rng)`` is an (n, n) float64 matrix."""
 
+import numpy as np
+
 from benchmarks.instances import HARD
 
 
@@ -18,6 +20,12 @@ def _column_offsets(n, rng):
     return rng.standard_normal((n, n)) + 10.0 ** rng.uniform(0, 6, n)
 
 
+def _distances(n, rng):
+    data, noise = rng.standard_normal((2, n, 48))
+    noise *= rng.uniform(0.5, 1.5, (n, 1))
+    return np.sqrt(((data[:, None] - noise) ** 2).sum(-1))
+
+
 def _far_row(n, rng):
     return _far_column(n, rng).T
 
@@ -25,6 +33,7 @@ def _far_row(n, rng):
 FAMILIES = {
     **HARD,
     "image-like": _crops,
+    "distances": _distances,
     "far-column": _far_column,
     "far-row": _far_row,
     "column-offsets": _column_offsets,

@@ -52,29 +52,58 @@ def _greedy(cost):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(10))
-def test_greedy_takes_the_smallest_remaining_entry(seed, ties):
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(1, 40))
-    shape = (n, n + int(rng.integers(0, 9)))
-    cost = rng.integers(0, 6, shape).astype(np.float64) if ties else rng.random(shape)
-    assert np.array_equal(greedy(cost), _greedy(cost))
+def test_greedy_takes_the_smallest_remaining_entry(ties):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        n = int(rng.integers(1, 40))
+        shape = (n, n + int(rng.integers(0, 9)))
+        cost = rng.integers(0, 6, shape).astype(np.float64) if ties else rng.random(shape)
+        assert np.array_equal(greedy(cost), _greedy(cost))
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_stable_leaves_no_pair_that_would_rather_have_each_other(seed):
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(1, 30))
-    m = n + int(rng.integers(0, 5))
-    cost, score = rng.random((2, n, m))
-    index = stable(cost, score)
-    assert len(set(index.tolist())) == n
-    held = np.full(m, np.inf)
-    held[index] = score[np.arange(n), index]
-    wants = cost < cost[np.arange(n), index][:, None]
-    assert not (wants & (score < held)).any()
+def test_stable_leaves_no_pair_that_would_rather_have_each_other():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        n = int(rng.integers(1, 30))
+        m = n + int(rng.integers(0, 5))
+        cost, score = rng.random((2, n, m))
+        index = stable(cost, score)
+        assert len(set(index.tolist())) == n
+        held = np.full(m, np.inf)
+        held[index] = score[np.arange(n), index]
+        wants = cost < cost[np.arange(n), index][:, None]
+        assert not (wants & (score < held)).any()
 
 
 def test_stable_is_greedy_where_both_sides_agree():
     cost = np.random.default_rng(3).random((50, 50))
     assert np.array_equal(stable(cost, cost), greedy(cost))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_greedy_and_stable_choose_no_forbidden_pair(dtype):
+    cost = np.random.default_rng(4).random((40, 60)).astype(dtype)
+    cost[:, ::3] = np.inf
+    index = greedy(cost)
+    assert np.isfinite(cost[np.arange(40), index]).all()
+    assert np.array_equal(index, _greedy(cost))
+    assert np.array_equal(index, stable(cost, cost))
+
+
+def test_rows_that_greedy_cannot_match_are_counted():
+    with pytest.raises(ValueError, match="1 of 2 rows cannot be matched"):
+        greedy(np.array([[1.0, np.inf], [1.0, np.inf]]))
+    with pytest.raises(ValueError, match="1 of 2 rows are left with forbidden pairs"):
+        greedy(np.array([[1.0, 2.0], [3.0, np.inf]]))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_greedy_and_stable_refuse_what_is_no_number(value):
+    cost = np.ones((3, 3))
+    cost[1, 2] = value
+    with pytest.raises(ValueError, match="cost must hold numbers"):
+        greedy(cost)
+    with pytest.raises(ValueError, match="must hold numbers"):
+        stable(
+            np.ones((3, 3)), np.where(np.isnan(cost), np.nan, np.inf) if np.isnan(value) else np.full((3, 3), np.nan)
+        )
