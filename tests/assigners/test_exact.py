@@ -10,8 +10,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from couplings.assigners import duality, emd, hungarian, lapjv
-from couplings.assigners.registry import Assignment
+from couplings.assigners import Assignment, duality, emd, hungarian, lapjv
 
 pytest.importorskip("ot")
 pytest.importorskip("lapjv")

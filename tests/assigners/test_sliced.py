@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from couplings.data import image_crops
 
 from couplings import couple
+from couplings.ablation.sources import photo_crops
 from couplings.assigners import sliced
 
 
 def batch(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return image_crops(n, generator=generator).flatten(1), torch.randn(n, 3072, generator=generator)
+    return photo_crops(n, 32, generator)[0].flatten(1), torch.randn(n, 3072, generator=generator)
 
 
 def test_the_axes_of_some_rows_are_as_good_as_those_of_all(monkeypatch):
