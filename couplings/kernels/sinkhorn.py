@@ -12,14 +12,16 @@ __all__ = ["balance", "draw"]
 
 MEMORY = 5  # previous steps that the acceleration combines
 RANGE = 30.0  # largest logarithm of a scaling: products of two of them and a kernel entry are float32 numbers
+REORDER = {"reassoc", "contract", "nsz"}  # sums may be vectorised; infinity and NaN stay what they are
 FAINT = 1e-6  # share of a row beyond which columns of the kernel that vanished may matter
 
 
-@jit(fastmath={"reassoc", "contract", "nsz"})
-def half_steps(kernel: Any, v: Any, u: Any, sums: Any) -> None:
+@jit(fastmath=REORDER)
+def half_steps(kernel: Any, v: Any, u: Any, sums: Any, part: Any) -> None:
     """Compute ``u = 1 / (kernel @ v)`` and ``sums = kernel.T @ u``, reading the kernel once, four rows at a time."""
     n = len(kernel)
     sums[:] = 0.0
+    part[:] = 0.0  # of the sums, in float32, over up to 64 rows
     for i in range(0, n, 4):
         # Past the end the last row stands in, with weight 0.
         i1, i2, i3 = min(i + 1, n - 1), min(i + 2, n - 1), min(i + 3, n - 1)
@@ -36,10 +38,13 @@ def half_steps(kernel: Any, v: Any, u: Any, sums: Any) -> None:
         c = u[i2] if i2 == i + 2 else zero
         d = u[i3] if i3 == i + 3 else zero
         for j in range(n):
-            sums[j] += a * kernel[i, j] + b * kernel[i1, j] + c * kernel[i2, j] + d * kernel[i3, j]
+            part[j] += a * kernel[i, j] + b * kernel[i1, j] + c * kernel[i2, j] + d * kernel[i3, j]
+        if i % 64 == 60 or i + 4 >= n:
+            sums += part
+            part[:] = 0.0
 
 
-@jit
+@jit(fastmath=REORDER)
 def balance(kernel: Any, tolerance: float, max_iterations: int) -> Any:
     """Find ``u`` and ``v`` such that rows and columns of ``u[:, None] * kernel * v`` sum to 1.
 
@@ -71,7 +76,8 @@ def balance(kernel: Any, tolerance: float, max_iterations: int) -> Any:
     Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011, doi:10.1137/10078356X.
     """
     n = len(kernel)
-    log_v, u, v, sums = np.zeros(n), np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n)
+    u, v, part = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    log_v, sums = np.zeros(n), np.empty(n)
     plain, residual = np.zeros(n), np.zeros(n)
     residuals, steps = np.zeros((MEMORY, n)), np.zeros((MEMORY, n))
     known = 0  # pairs in `residuals` and `steps`
@@ -81,7 +87,7 @@ def balance(kernel: Any, tolerance: float, max_iterations: int) -> Any:
     error = np.inf
     for iteration in range(1, max_iterations + 1):
         v[:] = np.exp(log_v)
-        half_steps(kernel, v, u, sums)
+        half_steps(kernel, v, u, sums, part)
         error = np.abs(v * sums - 1.0).mean()
         if error <= tolerance or iteration == max_iterations:
             break
@@ -113,6 +119,7 @@ def balance(kernel: Any, tolerance: float, max_iterations: int) -> Any:
         log_v = new.copy()
         for k in range(known):
             log_v -= (residual * residuals[k]).sum() * steps[k]
+        log_v = np.minimum(np.maximum(log_v, -2 * RANGE), 2 * RANGE)
     return np.log(u), log_v, error, iteration
 
 
