@@ -223,7 +223,7 @@ class Run:
             for batch in self.source.blocks(pieces, train.seed, self.recipe.data.workers, pinned):
                 yield batch
                 done += 1
-        except RuntimeError:
+        except (RuntimeError, OSError, EOFError):  # a process that is gone, or what it was sending
             if not terminated:
                 raise
             # A cluster ends all processes of a job, the loading ones too: what this step still needs is loaded here.
