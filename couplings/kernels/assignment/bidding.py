@@ -15,7 +15,7 @@ from .candidates import Lists, fill_list, group_count, group_minima_of_sketch, m
 from .costs import MAX_PRICE, SKETCH_MAX, Costs, Integers, Prices, Shorts, int16, level, raise_price
 from .tuning import TUNING
 
-__all__ = ["bid", "bid_on_sketch", "count_distinct_minima", "count_distinct_minima_of_sketch", "free_loose_rows"]
+__all__ = ["bid", "bid_on_sketch", "free_loose_rows", "match_row_minima"]
 
 SKETCH_FAILURES = TUNING.sketch_failures
 
@@ -174,7 +174,7 @@ def free_loose_rows(
         j = col4row[i]
         if j >= 0:
             own = level(costs.C[i, j], costs.row_min[i], costs.scale) + prices.exact[j]
-            if own <= row_dual(costs, i, prices, lists, work, own):
+            if own <= prices.base or own <= row_dual(costs, i, prices, lists, work, own):
                 continue
             row4col[j] = -1
             col4row[i] = -1
@@ -184,36 +184,32 @@ def free_loose_rows(
 
 
 @jit
-def count_distinct_minima_of_sketch(sketch: Shorts, taken: Shorts) -> int:
-    """Count the rows that find a column of sketched level 0 which no earlier row has found."""
-    n, m = sketch.shape
+def match_row_minima(costs: Costs, row4col: Integers, col4row: Integers) -> int:
+    """Match the rows that find a column of their least cost, offsets taken off, which no row before has taken.
+
+    Returns how many it matched. At the initial prices all of them are tight.
+    """
+    C, row_min, scale, offset, sketch, _ = costs
+    n, m = C.shape
+    taken = np.zeros(m, np.int16)
     count = 0
     for i in range(n):
         for start in range(0, m, 128):
             stop = min(start + 128, m)
-            found = int16(1)
+            if sketch.shape[1] > 0:
+                found = int16(1)
+                for j in range(start, stop):
+                    x = int16(sketch[i, j] | taken[j])
+                    found = x if x < found else found
+                if found != 0:
+                    continue
             for j in range(start, stop):
-                x = int16(sketch[i, j] | taken[j])
-                found = x if x < found else found
-            if found == 0:
-                j = start
-                while sketch[i, j] | taken[j]:
-                    j += 1
-                taken[j] = 1
-                count += 1
-                break
-    return count
-
-
-@jit
-def count_distinct_minima(lists: Lists, taken: Any) -> int:
-    """Count the rows that list a column of level 0 which no earlier row has found."""
-    count = 0
-    for i in range(lists.lengths.size):
-        for k in range(lists.lengths[i]):
-            j = lists.columns[i, k]
-            if lists.levels[i, k] == 0.0 and not taken[j]:
-                taken[j] = True
-                count += 1
+                if taken[j] == 0 and level(C[i, j], row_min[i], scale) == offset[j]:
+                    taken[j] = 1
+                    row4col[j] = i
+                    col4row[i] = j
+                    count += 1
+                    break
+            if col4row[i] >= 0:
                 break
     return count

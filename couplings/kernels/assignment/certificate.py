@@ -59,7 +59,9 @@ def row_slacks(
         own = level(C[i, j], row_min[i], scale) + p[j] if j >= 0 else np.inf
         u = own
         n = -1
-        if sketch.shape[1] > 0 and own < prices.base + SKETCH_MAX * step:
+        if own <= prices.base:  # the least level and the least price
+            n = 0
+        elif sketch.shape[1] > 0 and own < prices.base + SKETCH_MAX * step:
             group_minima_of_sketch(sketch, i, prices.sketch, sketch_minima)
             t = int16((own - prices.base) / step)
             n = collect_from_sketch(sketch, i, prices.sketch, sketch_minima, t, hits, columns)

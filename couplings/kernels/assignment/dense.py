@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from .._jit import jit
-from .costs import CAP, LARGEST_TOTAL, MAX_PRICE, SMALLEST_TOTAL, Floats, Integers, level, minimum
+from .costs import (
+    CAP,
+    LARGEST_TOTAL,
+    MAX_PRICE,
+    SMALLEST_TOTAL,
+    Floats,
+    Integers,
+    cyclic_assignment,
+    level,
+    minimum,
+)
 from .tuning import TUNING
 
 __all__ = ["NOT_FINITE", "OK", "OUT_OF_RANGE", "solve_dense", "solve_dense_blocks"]
@@ -275,12 +285,13 @@ def solve_dense(
         check += not_finite(C[i], W[i])
         minimum(W[i].view(np.int64), out)
         row_min[i] = out.view(np.float64)[0]
-        W[i] -= row_min[i]
     if ceiling == 0.0:
         if check != 0.0:
             return NOT_FINITE, 0.0, 0.0, False
-        greedy(W, col4row)
-        ceiling = above_row_minima(C, row_min, col4row)
+        ceiling, first = cyclic_assignment(C, row_min)
+        for i in range(n):
+            col4row[i] = (i + first) % p.size
+    greedy_tried = False
     while True:
         if ceiling == 0.0:
             p[:] = 0.0
@@ -292,6 +303,14 @@ def solve_dense(
         for i in range(n):
             row_levels(C[i], W[i], row_min[i], scale)
             lost += losses(C[i], W[i], scale)
+        if lost > 0.0 and not greedy_tried:
+            # A better assignment allows finer levels.
+            greedy_tried = True
+            greedy(W, col4row)
+            above = above_row_minima(C, row_min, col4row)
+            if above <= ceiling / 4:
+                ceiling = above
+                continue
         solve_levels(W, p, col4row)
         total = 0.0
         size = 0.0

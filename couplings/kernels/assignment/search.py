@@ -86,11 +86,15 @@ class Search:
     def make_lists(self, prices: Floats) -> None:
         """Set the prices and make all lists anew."""
         self.set_prices(prices)
+        self.lists = self.empty_lists()
+        over_rows(lambda a, b: candidates.fill_lists(self.costs, self.prices, self.lists, a, b), self.n, self.threads)
+
+    def empty_lists(self) -> candidates.Lists:
+        """Return lists that are made when they are read."""
         shape = (self.n, TUNING.list_size)
-        self.lists = candidates.Lists(
+        return candidates.Lists(
             np.empty(shape, np.uint32), np.empty(shape), np.zeros(self.n, np.int64), np.full(self.n, -np.inf)
         )
-        over_rows(lambda a, b: candidates.fill_lists(self.costs, self.prices, self.lists, a, b), self.n, self.threads)
 
     def initial_prices(self, duals: Floats | None = None) -> Floats:
         """Return prices in levels: what makes all columns cost the same, or those of another solve's column duals."""
@@ -106,7 +110,7 @@ class Search:
         """
         epsilon = TUNING.first_epsilon * self.spread
         max_reads = UNLIMITED
-        if warm_start is None and self.few_rows_compete():
+        if warm_start is None and self.match_row_minima():
             # Bids without epsilon may settle most rows, or all that are not tied. Any epsilon would only blur ties.
             end = self.budget.bids + TUNING.greedy_bids_per_row * self.n
             self.bid(0.0, end)
@@ -123,16 +127,18 @@ class Search:
             self.make_lists(self.initial_prices(warm_start))
         return self.auction_on_lists(epsilon, tolerance, max_reads)
 
-    def few_rows_compete(self) -> bool:
-        """Return whether most rows have a cheapest column of their own, with lists made; they may be without."""
-        if self.costs.step:
-            distinct = bidding.count_distinct_minima_of_sketch(self.costs.sketch, np.zeros(self.m, np.int16))
-            if 2 * distinct > self.n:
-                self.make_lists(self.initial_prices())
-        else:
-            self.make_lists(self.initial_prices())
-            distinct = bidding.count_distinct_minima(self.lists, np.zeros(self.m, np.bool_))
-        return bool(2 * distinct > self.n)
+    def match_row_minima(self) -> bool:
+        """Match rows to a cheapest column of their own; return whether most have one, else leave all free."""
+        matched = bidding.match_row_minima(self.costs, self.row4col, self.col4row)
+        if 2 * matched <= self.n:
+            self.release()
+            return False
+        self.set_prices(self.initial_prices())
+        self.lists = self.empty_lists()
+        free = np.flatnonzero(self.col4row < 0)[::-1]
+        self.left = len(free)
+        self.free[: self.left] = free
+        return True
 
     def auction_on_sketch(self, prices: Floats, epsilon: float, tolerance: float) -> tuple[float, bool]:
         """Run the phases whose epsilon the sketch resolves, and make lists.
