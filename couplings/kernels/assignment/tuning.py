@@ -38,7 +38,7 @@ class Tuning(NamedTuple):
     # against bids. l2, l1 and sqeuclidean stand at 1.3 to 2.5, crops at 0.4 to 0.8. Never: 6 on l2 at n = 1024. At 0.3:
     # 4.8 on integers, whose ties it breaks; at 0.6: 0.7 on 2-d points, 1.2 on crops at n = 4096.
     offset_spread: float = 1.0
-    # Deviations that an int16 resolves: fine steps, against prices that do not fit. 4: 2.2 on crops; 16: 1.7 on rank one.
+    # Deviations that an int16 resolves: resolution, against range. 4: 2.2 on crops; 16: 1.7 on rank one.
     sketch_range: float = 8.0
     # Least epsilon, in steps, that is settled on the sketch. 1: 1.1 on rank one; 10: mean 0.98, 1.04 on l2.
     sketch_epsilon: float = 3.0
