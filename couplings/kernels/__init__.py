@@ -30,7 +30,7 @@ def warmup() -> float:
     Returns
     -------
     float
-        Seconds it took: some twenty the first time on a machine, under one when cached. Also logged, at INFO.
+        Seconds it took: about half a minute the first time on a machine, under one when cached. Also logged, at INFO.
     """
     import numpy as np
 
