@@ -92,14 +92,12 @@ class Problem:
         return Costs(self.C, self.row_min, scale, self.offset * scale, self.sketch, step)
 
 
-def normalise(cost: npt.NDArray[Any], threads: int) -> Problem:
-    """Read the costs once: row minima, sketch, a first assignment; scaled by a power of two where they must be.
+def normalise(cost: npt.NDArray[Any], threads: int, power: int = 0) -> Problem:
+    """Read the costs, times ``2**power``, once: row minima, sketch, a first assignment.
 
     Raises ValueError for NaN, -inf, and forbidden pairs that no assignment avoids.
     """
-    problem = _normalise(cost, 0, threads)
-    power = power_in_range(problem.ceiling)
-    return _normalise(scaled(cost, power), power, threads) if power else problem
+    return _normalise(scaled(cost, power) if power else cost, power, threads)
 
 
 def power_in_range(ceiling: float) -> int:

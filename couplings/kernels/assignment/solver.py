@@ -45,7 +45,7 @@ import numpy.typing as npt
 
 from ..feasibility import check_feasible
 from . import certificate
-from .dense import NOT_FINITE, OK, solve_dense
+from .dense import NOT_FINITE, OUT_OF_RANGE, solve_dense
 from .problem import normalise, power_in_range, scaled
 from .search import Budget, Search
 from .tuning import TUNING
@@ -145,9 +145,12 @@ def solve(
     threads = 1 if threads is None or cost.size < TUNING.serial_entries else threads
 
     problem = normalise(cost, threads)
-    duals = None if warm_start is None else np.ldexp(np.asarray(warm_start, np.float64), problem.power)
     index, ceiling = problem.assignment, problem.ceiling
     while ceiling > 0.0:
+        if power_in_range(ceiling):
+            problem = normalise(cost, threads, problem.power + power_in_range(ceiling))
+            ceiling = problem.above_row_minima(index)
+        duals = None if warm_start is None else np.ldexp(np.asarray(warm_start, np.float64), problem.power)
         search = Search(problem, ceiling, budget, threads)
         good = False
         if problem.square:
@@ -180,10 +183,12 @@ def _solve_small(cost: npt.NDArray[Any], tolerance: float) -> Solution:
         assert feasible is not None  # for an entry is not finite
         index[:] = feasible
         ceiling = float((C[np.arange(n), index].astype(np.float64) - row_min).sum())
-        status, above, scale, lossless = solve_dense(C, ceiling, tolerance, levels, row_min, p, index)
-    if status != OK:
-        power = power_in_range(above)
-        C, ceiling = scaled(C, power), float(np.ldexp(ceiling, power))
+        if ceiling > 0.0:
+            status, above, scale, lossless = solve_dense(C, ceiling, tolerance, levels, row_min, p, index)
+    while status == OUT_OF_RANGE:  # again where a better assignment left the range at its other end
+        power += power_in_range(above)
+        C = scaled(cost, power)
+        ceiling = float((C[np.arange(n), index] - C.min(1)).sum())
         status, above, scale, lossless = solve_dense(C, ceiling, tolerance, levels, row_min, p, index)
     total = _total(cost, index)
     if scale == 0.0:
