@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -37,6 +39,11 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Callable[
 class _ForgivingCache(FunctionCache):  # type: ignore[misc]
     """A cache of which a damaged file is compiled anew and replaced, and a full disk is left alone."""
 
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        # Numba looks at a kernel's own file alone, but what it calls in other files is compiled into it.
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _sources())
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)
@@ -56,6 +63,14 @@ class _ForgivingCache(FunctionCache):  # type: ignore[misc]
             super().save_overload(sig, data)
         except Exception as error:
             _log_once(f"{type(error).__name__}: {error} in {self.cache_path}")
+
+
+@cache
+def _sources() -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of every file of kernels."""
+    folder = Path(__file__).parent
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*.py")))
+    return tuple((str(path.relative_to(folder)), status.st_mtime_ns, status.st_size) for path, status in found)
 
 
 _logged: list[str] = []
