@@ -25,9 +25,10 @@ from .costs import (
 )
 from .tuning import TUNING
 
-__all__ = ["NOT_FINITE", "OK", "OUT_OF_RANGE", "solve_dense", "solve_dense_blocks"]
+__all__ = ["CROWDED", "NOT_FINITE", "OK", "OUT_OF_RANGE", "solve_dense", "solve_dense_blocks"]
 
-OK, OUT_OF_RANGE, NOT_FINITE = 0, 1, 2
+OK, OUT_OF_RANGE, NOT_FINITE, CROWDED = 0, 1, 2, 3
+DENSE_ALWAYS = TUNING.dense_always
 DENSE_BIDS_PER_ROW = TUNING.dense_bids_per_row
 
 
@@ -202,8 +203,12 @@ def augment(
 
 
 @jit
-def solve_levels(W: Floats, p: Floats, col4row: Integers) -> None:
-    """Find an optimal assignment of a matrix of levels, with prices that prove it."""
+def solve_levels(W: Floats, p: Floats, col4row: Integers) -> bool:
+    """Find an optimal assignment of a matrix of levels, with prices that prove it.
+
+    Returns False, and gives up, where the matrix is not among the smallest and reductions left most rows free: so many
+    searches of the whole matrix take longer than an auction.
+    """
     n, m = W.shape
     row4col = np.full(m, -1)
     col4row[:] = -1
@@ -218,11 +223,14 @@ def solve_levels(W: Floats, p: Floats, col4row: Integers) -> None:
             free[count] = i
             count += 1
     count = reduce_rows(W, p, col4row, row4col, free, count, x)
+    if 2 * count > n and W.size > DENSE_ALWAYS:
+        return False
     pred = np.empty(m, np.int64)
     settled = np.empty(m)
     while count > 0:
         count -= 1
         augment(W, p, col4row, row4col, free[count], x, pred, settled)
+    return True
 
 
 @jit
@@ -270,7 +278,7 @@ def solve_dense(
     -------
     status : int
         `OK`; `NOT_FINITE` where there is a NaN or an infinity and no `ceiling`; `OUT_OF_RANGE` where the total is too
-        small or large for levels.
+        small or large for levels; `CROWDED` where an auction is faster.
     total : float
         Of the assignment, in levels; of a feasible one, in units of the cost, where the status is `OUT_OF_RANGE`.
     scale : float
@@ -311,7 +319,8 @@ def solve_dense(
             if above <= ceiling / 4:
                 ceiling = above
                 continue
-        solve_levels(W, p, col4row)
+        if not solve_levels(W, p, col4row):
+            return CROWDED, ceiling, 0.0, False
         total = 0.0
         size = 0.0
         for i in range(n):

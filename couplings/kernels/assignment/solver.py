@@ -45,7 +45,7 @@ import numpy.typing as npt
 
 from ..feasibility import check_feasible
 from . import certificate
-from .dense import NOT_FINITE, OUT_OF_RANGE, solve_dense
+from .dense import CROWDED, NOT_FINITE, OUT_OF_RANGE, solve_dense
 from .problem import normalise, power_in_range, scaled
 from .search import Budget, Search
 from .tuning import TUNING
@@ -140,7 +140,9 @@ def solve(
     """
     _check_arguments(cost, tolerance, max_bids, max_seconds, warm_start)
     if cost.size <= TUNING.dense_entries:
-        return _solve_small(cost, tolerance)
+        small = _solve_small(cost, tolerance)
+        if small is not None:
+            return small
     budget = Budget(max_bids, max_seconds)
     threads = 1 if threads is None or cost.size < TUNING.serial_entries else threads
 
@@ -170,8 +172,11 @@ def solve(
     return Solution(index, np.zeros(cost.shape[1]), total, total, budget.bids, exact=True)
 
 
-def _solve_small(cost: npt.NDArray[Any], tolerance: float) -> Solution:
-    """Solve by dense shortest augmenting paths; the matching proves itself, row by row, as it is made."""
+def _solve_small(cost: npt.NDArray[Any], tolerance: float) -> Solution | None:
+    """Solve by dense shortest augmenting paths; the matching proves itself, row by row, as it is made.
+
+    None where an auction is faster.
+    """
     n, m = cost.shape
     C = np.ascontiguousarray(cost).view()
     C.flags.writeable = False
@@ -190,6 +195,8 @@ def _solve_small(cost: npt.NDArray[Any], tolerance: float) -> Solution:
         C = scaled(cost, power)
         ceiling = float((C[np.arange(n), index] - C.min(1)).sum())
         status, above, scale, lossless = solve_dense(C, ceiling, tolerance, levels, row_min, p, index)
+    if status == CROWDED:
+        return None
     total = _total(cost, index)
     if scale == 0.0:
         return Solution(index, np.zeros(m), total, total, 0, exact=True)

@@ -71,6 +71,9 @@ class Tuning(NamedTuple):
     # Entries up to which a matrix is solved densely. At n = 256, against the auction: crops 1.3, rank one 2.5, integers
     # 0.4, 1-d points 0.15.
     dense_entries: int = 65536
+    # Entries up to which that is so even where reductions leave more than half of the rows free (crops 64%, rank one
+    # 98%, 1-d points 28%, integers 3%).
+    dense_always: int = 16384
     # Bids without epsilon before the shortest paths. 0: 13 on integers; 4: mean 1.05; 8: 1.6 on 2-d points.
     dense_bids_per_row: int = 1
 
