@@ -32,11 +32,11 @@ __all__ = [
     "warmup",
 ]
 
-_SUBMODULES = ("diagnostics", "testing")
+_SUBMODULES = ("diagnostics", "noise", "semidiscrete", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``couplings.testing`` and ``couplings.diagnostics`` when first named, not with the package."""
+    """Import ``couplings.semidiscrete``, ``couplings.testing`` and the like when first named, not with the package."""
     if name in _SUBMODULES:
         return import_module(f"{__name__}.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"

@@ -294,8 +294,8 @@ def compare(
     import torch
     from rich.console import Console
 
+    from couplings._files import check_target
     from couplings.ablation import measure
-    from couplings.ablation.files import check_target
     from couplings.ablation.grid import points, share_options
     from couplings.ablation.plots import check_plot, plot_comparison
     from couplings.ablation.sources import first_batch
@@ -426,7 +426,7 @@ def report(
     force: Force = False,
 ) -> int:
     """Tables and plots of what `couplings ablate` recorded, as one HTML page or as Markdown."""
-    from couplings.ablation.files import check_target
+    from couplings._files import check_target
     from couplings.ablation.report import write
 
     page = Path("report.html") if output is None and markdown is None else output

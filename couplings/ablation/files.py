@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from couplings._files import check_target, written_atomically
 from couplings._names import unknown
 
-__all__ = ["SUFFIXES", "check_output", "check_target", "read_array", "split_key", "write_arrays", "written_atomically"]
+__all__ = ["SUFFIXES", "check_output", "read_array", "split_key", "write_arrays"]
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
@@ -123,19 +122,6 @@ def check_output(path: Path, *, force: bool) -> None:
     check_target(path, force=force)
 
 
-def check_target(path: Path, *, force: bool) -> None:
-    """Raise an OSError if the folder does not exist, or the file does and `force` is not set."""
-    if path.is_dir():
-        msg = f"{path}: this is a folder; name a file in it."
-        raise IsADirectoryError(msg)
-    if not path.parent.is_dir():
-        msg = f"{path}: the folder {path.parent} does not exist. Make it first."
-        raise FileNotFoundError(msg)
-    if path.exists() and not force:
-        msg = f"{path} exists. Choose another name, or pass --force to overwrite it."
-        raise FileExistsError(msg)
-
-
 def write_arrays(path: Path, arrays: Mapping[str, Tensor], *, force: bool = False) -> None:
     """Write arrays under their names in the format of the suffix; `.npy`, which has no names, takes the first only.
 
@@ -168,19 +154,3 @@ def _to_numpy(tensor: Tensor, path: Path) -> Any:
     except TypeError as error:
         msg = f"{path}: NumPy has no {tensor.dtype}. Write a .safetensors or .pt file."
         raise TypeError(msg) from error
-
-
-@contextmanager
-def written_atomically(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place once it is complete and on disk, as far as `force` allows."""
-    target = path.resolve()  # a link is followed, not replaced
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        check_target(path, force=force)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from couplings.ablation.files import written_atomically
+from couplings._files import written_atomically
 from couplings.ablation.sources import Batch
 
 if TYPE_CHECKING:

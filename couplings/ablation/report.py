@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from couplings._files import written_atomically
 from couplings.ablation import pages, plots, records
-from couplings.ablation.files import written_atomically
 from couplings.ablation.pages import Section, Table, mean_and_spread, table_by
 from couplings.ablation.significance import TEST
 from couplings.ablation.sources import BUILT_IN

@@ -1,4 +1,4 @@
-"""Numba kernels: the assignment solver, L1 distances, distances of pairs, greedy and stable matching.
+"""Numba kernels: the assignment solver, Sinkhorn, L1 distances, distances of pairs, greedy and stable matching.
 
 Importing this package does not import Numba; its modules do, and so does the first use of `solve`, `solve_blocks` or
 `linear_sum_assignment`, which are found here as well.
@@ -39,6 +39,7 @@ def warmup() -> float:
     from .greedy import stable
     from .l1 import cdist_l1
     from .pairs import pair_distances
+    from .sinkhorn import balance, draw
 
     i: Any = np.arange(300)
     j = i[:, None]
@@ -56,6 +57,9 @@ def warmup() -> float:
         cdist_l1(scattered, scattered)
         for kind in ("squared", "absolute", "angular"):
             pair_distances(scattered, scattered, i, kind)
+    plan, ones = np.exp(-tied[:12, :12].astype(np.float32)), np.ones(12, np.float32)
+    balance(plan, 1e-5, 10)
+    draw(plan, ones, ones, plan, ones, i[:12], np.full(12, 0.5), False)
     seconds = time.perf_counter() - start
     log.info("kernels ready in %.2f s", seconds)
     return seconds

@@ -1,0 +1,64 @@
+"""Plans and checkpoints in files: safetensors with a JSON description, replaced at once or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["read", "require", "write"]
+
+_FORMAT = 1
+
+
+def require() -> None:
+    """Raise the error that names the extra if safetensors is not installed."""
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError as error:
+        msg = "saving needs the package safetensors, which is not installed. Type: pip install 'couplings[cli]'"
+        raise ImportError(msg) from error
+
+
+def write(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors and what describes them."""
+    require()
+    from safetensors.torch import save
+
+    from couplings._files import written_atomically
+
+    described = json.dumps({"kind": kind, "format": _FORMAT, **about})
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_atomically(path, force=True) as file:
+        file.write(save(held, {"couplings.semidiscrete": described}))
+
+
+def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is damaged, of another kind, or lacks one of `names`.
+    """
+    require()
+    from safetensors import safe_open
+
+    if not path.is_file():
+        msg = f"{path}: no such file."
+        raise FileNotFoundError(msg)
+    try:
+        with safe_open(path, framework="pt") as archive:
+            about = json.loads(archive.metadata()["couplings.semidiscrete"])
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
+        if about["kind"] != kind or about["format"] != _FORMAT or any(name not in tensors for name in names):
+            msg = f"holds a {about['kind']} of format {about['format']}"
+            raise ValueError(msg)
+    except Exception as error:
+        msg = f"{path} is no {kind} of couplings.semidiscrete, or it is damaged ({type(error).__name__}: {error})."
+        raise ValueError(msg) from error
+    return tensors, about
