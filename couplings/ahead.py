@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -41,7 +41,7 @@ class Pending(Generic[R]):
         Where its inputs and its result are.
     tensors : callable
         The tensors of a result, to be made safe on the stream of whoever asks for it.
-    after : Pending, optional
+    after : Thread, optional
         One that must have ended first.
     """
 
@@ -51,7 +51,7 @@ class Pending(Generic[R]):
         *,
         device: torch.device | None = None,
         tensors: Callable[[R], Iterable[Any]] = lambda result: (),
-        after: Pending[Any] | None = None,
+        after: threading.Thread | None = None,
     ) -> None:
         self._work, self._tensors, self._after = work, tensors, after
         self._result: R | None = None
@@ -62,13 +62,13 @@ class Pending(Generic[R]):
         if device is not None and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._thread = threading.Thread(target=self._run, name="couplings-ahead")
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="couplings-ahead")
+        self.thread.start()
 
     def _run(self) -> None:
         try:
             if self._after is not None:
-                self._after.wait()
+                self._after.join()
             with ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(self._gradients))
                 if self._stream is not None:
@@ -80,15 +80,15 @@ class Pending(Generic[R]):
         except BaseException as error:
             self._error = error
         finally:
-            del self._work, self._after  # and what they hold: batches, and pending results before this one
+            del self._work, self._after  # and what they hold, such as the batch
 
     def done(self) -> bool:
         """Whether `result` would return, or raise, at once."""
-        return not self._thread.is_alive()
+        return not self.thread.is_alive()
 
     def wait(self) -> None:
         """Wait until the thread has ended."""
-        self._thread.join()
+        self.thread.join()
 
     def result(self) -> R:
         """Wait for the result.
@@ -103,7 +103,7 @@ class Pending(Generic[R]):
         Exception
             What the work raised, with its traceback.
         """
-        self._thread.join()
+        self.thread.join()
         if self._error is not None:
             raise self._error
         result: R = self._result  # type: ignore[assignment]
@@ -119,46 +119,74 @@ class Pending(Generic[R]):
 def submit(coupling: Coupling, data: Array, noise: Array, **conditions: Any) -> Pending[Coupled[Any]]:
     """Couple in the background; see `Coupling.submit`."""
     device = noise.device if isinstance(noise, Tensor) else None
-    own, group = _in_background(coupling)
-    pending: Pending[Coupled[Any]] = Pending(
-        lambda: own(data, noise, **conditions),
-        device=device,
-        tensors=lambda coupled: (coupled.noise, coupled.index, coupled.cost, coupled.cost_before),
-        after=None if group is None else _last_of_group.get(group),
-    )
-    if group is not None:
-        _last_of_group[group] = pending
+    group = _group_of(coupling)
+
+    def start(own: Coupling, after: threading.Thread | None) -> Pending[Coupled[Any]]:
+        return Pending(
+            lambda: _applied_over(group, own(data, noise, **conditions)),
+            device=device,
+            tensors=lambda coupled: (coupled.noise, coupled.index, coupled.cost, coupled.cost_before),
+            after=after,
+        )
+
+    if group is None:
+        pending = start(coupling, None)
+    else:
+        with _lock:  # ranks must exchange in the same order: one after another
+            if group not in _background:
+                _background[group] = (_with_group_of_its_own(coupling, group).options["group"], None)
+            background, last = _background[group]
+            pending = start(_over(coupling, background), last)
+            _background[group] = (background, pending.thread)
     if device is not None and device.type == "cuda":
-        for tensor in (data, noise, *conditions.values()):
+        for tensor in _flattened((data, noise, *conditions.values())):
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 tensor.record_stream(pending._stream)  # type: ignore[arg-type]  # CUDA devices have one
     return pending
 
 
-# Background groups of process groups, and the last coupling of each: ranks must exchange in the same order.
-_background_groups: dict[Any, Any] = {}
-_last_of_group: dict[Any, Pending[Any]] = {}
+# For each process group that couplings were submitted over: the group that they use, and the last one's thread.
+_background: dict[Any, tuple[Any, threading.Thread | None]] = {}
+_lock = threading.Lock()
 
 
-def _in_background(coupling: Coupling) -> tuple[Coupling, Any]:
-    """Give a coupling over ranks a process group that no other thread uses; collective the first time.
+def _group_of(coupling: Coupling) -> Any:
+    """Return the process group that a coupling exchanges over; None if it does not."""
+    if coupling.scope == "local":
+        return None
+    from couplings.distributed import process_group
+
+    return process_group(coupling.options.get("group"))
+
+
+def _over(coupling: Coupling, group: Any) -> Coupling:
+    options = {**coupling.options, "group": group}
+    return type(coupling)(coupling.method, coupling.metric, coupling.quantize, coupling.scope, **options)
+
+
+def _with_group_of_its_own(coupling: Coupling, group: Any) -> Coupling:
+    """Give a coupling over ranks a process group that nothing else uses; collective.
 
     A gloo group: two NCCL communicators that are used from two threads may wait for each other for ever.
     """
-    if coupling.scope == "local":
-        return coupling, None
     import torch.distributed as dist
 
-    from couplings.distributed import process_group
+    ranks = dist.get_process_group_ranks(group)
+    return _over(coupling, dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
 
-    group = process_group(coupling.options.get("group"))
-    if group is None:
-        return coupling, None
-    if group not in _background_groups:
-        _background_groups[group] = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
-    background = _background_groups[group]
-    options = {**coupling.options, "group": background}
-    return type(coupling)(coupling.method, coupling.metric, coupling.quantize, coupling.scope, **options), background
+
+def _applied_over(group: Any, coupled: Coupled[Any]) -> Coupled[Any]:
+    """Let `Coupled.apply` exchange over the caller's group: the background one may be in use by then."""
+    over = getattr(coupled._apply, "over", None)
+    return coupled if over is None else replace(coupled, _apply=over(group))
+
+
+def _flattened(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from value
+        else:
+            yield value
 
 
 def lookahead(
@@ -250,7 +278,8 @@ class Lookahead:
         device: torch.device | None,
     ) -> None:
         self.loader, self.window, self.seed, self.device = loader, window, seed, device
-        self.coupling, _ = _in_background(coupling)
+        group = _group_of(coupling)
+        self.coupling = coupling if group is None else _with_group_of_its_own(coupling, group)
         self._data, self._condition, self._noise = data, condition, noise
         self._epoch = 0
         self._position = {"window": 0, "handed": 0}

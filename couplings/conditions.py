@@ -28,9 +28,9 @@ def check_condition_weight(weight: object, ratio: object) -> None:
     Raises
     ------
     TypeError
-        If one is no number.
+        If the weight is no number.
     ValueError
-        If the weight is negative or not finite, or the ratio is given without ``"auto"`` or not in (0, 1).
+        If the weight is negative or not finite, or the ratio is given without ``"auto"`` or is no number in (0, 1).
     """
     if weight == "auto":
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio < 1.0:

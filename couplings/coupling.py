@@ -175,6 +175,8 @@ class Coupling:
     torch.Size([8, 3, 4, 4])
     """
 
+    __hash__ = None  # type: ignore[assignment]  # options may hold values that have none
+
     method: MethodLike
     metric: Metric
     quantize: str | None
@@ -425,7 +427,7 @@ def couple(
     scope : {"local", "global"}
         Couple within this process, or over all ranks of the process group.
     generator : torch.Generator, optional
-        For methods that draw; None makes a private one, seeded by the noise. Global random state is never touched.
+        For methods that draw; without one they draw anew for new noise. Global random state is never touched.
     check_finite : bool
         Whether to look for NaN and infinity, which would otherwise be paired somehow.
     **options
@@ -447,7 +449,8 @@ def couple(
 
     Notes
     -----
-    The decision is made without gradients and outside autocast; a gradient that the noise carries is kept. Costs are
+    The decision is made without gradients and outside autocast; a gradient that the noise carries is kept (not from one
+    rank to another). Costs are
     float32 (float64 for float64 input), by the process's own setting of float32 products. Memory beyond the operands is
     O(n m), and one float32 copy of operands in half precision, on another device than the CPU, or far from the origin.
     `torch.compile` breaks its graph here by itself.

@@ -134,6 +134,8 @@ def cost_matrix(x: Operand, y: Operand, metric: str, *, shift_invariant: bool) -
         cost = inner_products(x, y, factor=-1.0)
         cost.mul_(_inverse_norms(x.values)[..., :, None]).mul_(_inverse_norms(y.values)[..., None, :])
         return cost if shift_invariant else cost.add_(1.0).clamp_(0.0, 2.0)
+    if metric not in ("sqeuclidean", "l2"):
+        raise ValueError(unknown("metric", metric, _METRICS))
     cost = inner_products(x, y, factor=-2.0)
     if metric == "sqeuclidean" and shift_invariant:
         return cost

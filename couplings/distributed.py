@@ -263,7 +263,7 @@ def _describe(problem: Problem, noise: Tensor, settings: Mapping[str, Any], meth
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, str | int | float | bool | None):
+    if isinstance(value, str | int | float | bool | list | tuple | dict | None):
         return repr(value)
     return getattr(value, "__qualname__", type(value).__qualname__)
 
@@ -374,18 +374,18 @@ def _couple_all_rows(
     if whole.pricing.quantize is not None:
         largest = ranks.all_gather("scale", whole.magnitude.cpu().reshape(1)).amax()
         whole = replace(whole, data_magnitude=largest.to(whole.data.device))
-    cost, error = None, None
+    assemble, error = None, None
     if method.info.needs == "cost":
-        cost, error = _gathered_costs(ranks, whole, layout, method)
+        assemble, error = _gathered_costs(ranks, whole, layout, method)
     points = None
     if method.info.needs == "points" or "points" in method.wants:
         points = ranks.gather_rows("points", whole.data, layout.data_rows)
 
     def solve() -> Assignment | None:
-        if ranks.rank != 0 or (cost is None and method.info.needs == "cost"):
+        if ranks.rank != 0 or (assemble is None and method.info.needs == "cost"):
             return None
         problem = whole if points is None else replace(whole, data=points, first=0)
-        return problem.solve(method, cost, options, generator)
+        return problem.solve(method, None if assemble is None else assemble(), options, generator)
 
     solved = ranks.attempt("solve", solve)
     answer = _told(ranks, solved.result, error or solved.error, own, layout)
@@ -413,8 +413,8 @@ def _gathered_conditions(ranks: Ranks, own: Conditions | None, layout: _Layout) 
 
 def _gathered_costs(
     ranks: Ranks, whole: Problem, layout: _Layout, method: Method
-) -> tuple[Tensor | None, Exception | None]:
-    """Costs of all data rows, on the first rank; None elsewhere, and where a rank could not price its rows.
+) -> tuple[Callable[[], Tensor] | None, Exception | None]:
+    """Gather the costs of all data rows on the first rank; None elsewhere, and where a rank could not price its rows.
 
     A rank's costs follow one number that says whether they are good, so that one that fails still joins.
     """
@@ -424,19 +424,25 @@ def _gathered_costs(
     else:
         held = [blocks.held(first, rows)[0] for first, rows in zip(layout.data_ends, layout.data_rows, strict=False)]
         sizes = [int(blocks.row_lengths[of_rank].sum()) for of_rank in held]
-    priced = ranks.attempt("cost", whole.cost, method, False)
-    message = whole.data.new_zeros(1 + sizes[ranks.rank])
-    if priced.result is not None:
-        message[0], message[1:] = 1.0, priced.result.reshape(-1)
+
+    def price() -> Tensor:
+        return torch.cat([whole.data.new_ones(1), whole.cost(method, solved_here=False).reshape(-1)])
+
+    priced = ranks.attempt("cost", price)
+    message = whole.data.new_zeros(1 + sizes[ranks.rank]) if priced.result is None else priced.result
     told = ranks.gather_rows("costs", message, [1 + size for size in sizes])
     if told is None:
         return None, priced.error
     parts = torch.split(told, [1 + size for size in sizes])
     if not all(bool(part[0]) for part in parts):
         return None, priced.error
-    costs = torch.cat([part[1:] for part in parts])
-    costs = costs if method.on_device else on_host(costs)
-    return (costs.view(layout.n, -1) if blocks is None else blocks.joined(costs, held)), None
+
+    def assemble() -> Tensor:
+        costs = torch.cat([part[1:] for part in parts])
+        costs = costs if method.on_device else on_host(costs)
+        return costs.view(layout.n, -1) if blocks is None else blocks.joined(costs, held)
+
+    return assemble, None
 
 
 def _told(ranks: Ranks, solved: Assignment | None, error: Exception | None, own: _Own, layout: _Layout) -> Assignment:
@@ -467,7 +473,10 @@ def _summed(ranks: Ranks, own: Distances | None, error: Exception | None, rank: 
     after, before, conditions = gathered[:, 1:].sum(0)
     pricing = rank.problem.pricing
     if pricing.check_finite and not bool(after.isfinite()):
-        inputs.report_not_finite(rank.problem.data, rank.problem.noise, pricing.metric)
+        reported = ranks.attempt(
+            "report", inputs.report_not_finite, rank.problem.data, rank.problem.noise, pricing.metric
+        )
+        ranks.fail(reported.error)
     device = rank.noise.device
     wide = own.after.dtype if own is not None else torch.float64
     return Distances(*(total.to(device=device, dtype=wide) for total in (after, before, conditions)))
@@ -491,6 +500,10 @@ class _Exchange:
 
     def __init__(self, group: dist.ProcessGroup, layout: _Layout, index: Tensor) -> None:
         self.group, self.layout, self.index = group, layout, index
+
+    def over(self, group: dist.ProcessGroup) -> _Exchange:
+        """Do the same over another group of the same ranks."""
+        return _Exchange(group, self.layout, self.index)
 
     def move(self, ranks: Ranks, rows: Tensor) -> Tensor:
         """Give this rank's rows and get those of its data, bit for bit; collective."""

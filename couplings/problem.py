@@ -281,7 +281,8 @@ class Problem:
             Index on the data's device, and the marginal that was reached.
         """
         # A method of ours draws without one on a device: reading the noise would wait for it.
-        if generator is None and method.draws and (self.data.device.type == "cpu" or not method.builtin):
+        draws = method.draws and "generator" in method.wants
+        if generator is None and draws and (self.data.device.type == "cpu" or not method.builtin):
             generator = seeded_by(self.noise)
         given = {"generator": generator, "metric": self.pricing.metric}
         if method.info.needs == "points" and self._features is not None:

@@ -103,7 +103,8 @@ def quantized(values: Tensor, name: str | None, *, largest: Tensor | None = None
     if limit is None:
         # The largest float32 values round up to infinity in bfloat16; its largest finite value is the answer.
         top = torch.finfo(dtype).max
-        return Operand(values.clamp(-top, top).to(dtype), values.new_ones(()))
+        finite = values.clamp(-top, top)
+        return Operand(torch.where(values.isinf(), values, finite).to(dtype), values.new_ones(()))
     if largest is None:
         largest = largest_magnitude(values)
     # A peak of a few denormals would give a scale of zero and the division below infinity.

@@ -425,6 +425,8 @@ class Run:
         grid = pictures.grid(samples)
         grid.save(path)
         for tracker in self.accelerator.trackers:
+            if not hasattr(tracker, "log_images"):  # some keep numbers only
+                continue
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **layout)
 

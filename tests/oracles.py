@@ -33,7 +33,7 @@ def distances(x, y, metric):
     if metric == "l1":
         return difference.abs().sum(2)
     squared = difference.square().sum(2)
-    return squared.sqrt() if metric == "l2" else squared
+    return {"sqeuclidean": squared, "l2": squared.sqrt()}[metric]
 
 
 def paired(x, y, metric):

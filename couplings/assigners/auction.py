@@ -1,7 +1,7 @@
 """The default: our fixed-point auction, finished by shortest augmenting paths, with a dual certificate.
 
 Bertsekas (1988), The auction algorithm, doi:10.1007/BF02186476; Jonker and Volgenant (1987), doi:10.1007/BF02278710.
-It is explained in `couplings.kernels.assignment.solver`.
+It is explained in `couplings.kernels.assignment.solver`. Small problems are mostly solved by the paths alone.
 """
 
 import torch

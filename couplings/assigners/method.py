@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from couplings._names import unknown
 from couplings._types import Marginal, Needs
 
 AssignFn = Callable[..., Any]
@@ -130,9 +131,10 @@ class Method:
     def wants(self) -> frozenset[str]:
         """Which of ``generator``, ``metric`` and ``points`` the function asks for beside its cost or points."""
         parameters = _parameters(self.fn)
-        if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if parameters is None:
             return frozenset({"generator"})
-        return frozenset(p.name for p in parameters) & _RESERVED
+        asked = frozenset(p.name for p in parameters) & _RESERVED
+        return asked | {"generator"} if any(p.kind is p.VAR_KEYWORD for p in parameters) else asked
 
     def __call__(
         self, *operands: Tensor, shape: tuple[int, int], given: Mapping[str, Any], options: Mapping[str, Any]
@@ -161,6 +163,8 @@ class Method:
         """
         answer = self.fn(*operands, **{name: given[name] for name in self.wants}, **options)
         assignment = answer if isinstance(answer, Assignment) else Assignment(answer)
+        if assignment.marginal is not None and assignment.marginal not in get_args(Marginal):
+            raise ValueError(unknown("marginal", assignment.marginal, get_args(Marginal)))
         if self.builtin and self.info.needs == "points":
             return assignment  # checking an index on a device would wait for it
         return replace(assignment, index=self.checked_index(assignment.index, *shape, assignment.marginal))

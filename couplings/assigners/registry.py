@@ -133,7 +133,7 @@ def methods(pattern: str = "*") -> list[MethodInfo]:
     ['hungarian', 'auction']
     """
     _read_entry_points()
-    return [method.info for name, method in _registry.items() if fnmatchcase(name, pattern.lower())]
+    return [method.info for name, method in _known().items() if fnmatchcase(name, pattern.lower())]
 
 
 def register(
@@ -234,6 +234,12 @@ def _add(
         _registry[key] = Method(info, lambda: fn)
 
 
+def _known() -> dict[str, Method]:
+    """Copy the registry, which other threads may be adding to."""
+    with _lock:
+        return dict(_registry)
+
+
 def _read_entry_points() -> None:
     """Let installed packages register their methods, once.
 
@@ -289,7 +295,7 @@ def find(method: str | AssignFn) -> Method:
         key = method.strip().lower()
         found = _registry.get(ALIASES.get(key, key))
         if found is None:
-            raise ValueError(" ".join([unknown("method", method, [*_registry, *ALIASES]), *_broken_entry_points]))
+            raise ValueError(" ".join([unknown("method", method, [*_known(), *ALIASES]), *_broken_entry_points]))
         return found
     if callable(method):
         name = getattr(method, "__name__", type(method).__name__)

@@ -1,4 +1,4 @@
-"""Where `solve` used to be; it is in `couplings.kernels`."""
+"""`couplings.kernels.solve` by its longer name."""
 
 from couplings.kernels.assignment import Solution, solve
 

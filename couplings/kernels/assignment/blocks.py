@@ -86,7 +86,7 @@ def solve_blocks(
         index[rows[b] : rows[b + 1]] = found.index
         slack[b] = max(0.0, found.total - found.lower_bound)
 
-    # What is too large for the loop, has forbidden pairs, or totals near the limits of float64.
+    # What is too large for the loop, crowded, has forbidden pairs, or totals near the limits of float64.
     rest = np.flatnonzero(status != OK).tolist()
     if workers > 1 and len(rest) > 1:
         with ThreadPoolExecutor(workers) as pool:

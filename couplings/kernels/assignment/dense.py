@@ -223,7 +223,7 @@ def solve_levels(W: Floats, p: Floats, col4row: Integers) -> bool:
             free[count] = i
             count += 1
     count = reduce_rows(W, p, col4row, row4col, free, count, x)
-    if 2 * count > n and W.size > DENSE_ALWAYS:
+    if 2 * count > n and W.size > DENSE_ALWAYS:  # crowded
         return False
     pred = np.empty(m, np.int64)
     settled = np.empty(m)

@@ -26,13 +26,13 @@ from .costs import (
 )
 from .tuning import TUNING
 
-__all__ = ["Problem", "normalise"]
+__all__ = ["NormalisedCosts", "normalise"]
 
 SAFE = 1e30  # steps of a sketch per unit of cost, or units per step, that float32 multiplies by without loss
 
 
 @dataclass(frozen=True)
-class Problem:
+class NormalisedCosts:
     """A cost matrix with what one pass over it has found.
 
     Attributes
@@ -92,7 +92,7 @@ class Problem:
         return Costs(self.C, self.row_min, scale, self.offset * scale, self.sketch, step)
 
 
-def normalise(cost: npt.NDArray[Any], threads: int, power: int = 0) -> Problem:
+def normalise(cost: npt.NDArray[Any], threads: int, power: int = 0) -> NormalisedCosts:
     """Read the costs, times ``2**power``, once: row minima, sketch, a first assignment.
 
     Raises ValueError for NaN, -inf, and forbidden pairs that no assignment avoids.
@@ -116,7 +116,7 @@ def scaled(cost: npt.NDArray[Any], power: int) -> npt.NDArray[np.float64]:
     return near
 
 
-def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> Problem:
+def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> NormalisedCosts:
     C = np.ascontiguousarray(cost).view()
     C.flags.writeable = False  # one kernel signature for all callers, and a promise kept by Numba
     n, m = C.shape
@@ -154,7 +154,7 @@ def _normalise(cost: npt.NDArray[Any], power: int, threads: int) -> Problem:
         ceiling = float((C[np.arange(n), assignment].astype(np.float64) - row_min).sum())
     if offset.any():
         ceiling = max(ceiling - float(offset.sum()), spread) + float(offset.max())
-    return Problem(C, power, offset, row_min, sketch, steps, spread, assignment, ceiling)
+    return NormalisedCosts(C, power, offset, row_min, sketch, steps, spread, assignment, ceiling)
 
 
 def _sample(C: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .._threads import over_rows
 from . import bidding, candidates, certificate, paths
 from .costs import CAP, MAX_PRICE, SKETCH_MAX, Prices
-from .problem import Problem
+from .problem import NormalisedCosts
 from .tuning import TUNING
 
 __all__ = ["Budget", "Search"]
@@ -56,7 +56,7 @@ class Search:
         A stack: its first `left` are the free rows.
     """
 
-    def __init__(self, problem: Problem, ceiling: float, budget: Budget, threads: int) -> None:
+    def __init__(self, problem: NormalisedCosts, ceiling: float, budget: Budget, threads: int) -> None:
         self.problem, self.budget, self.threads = problem, budget, threads
         self.n, self.m = problem.C.shape
         self.costs = problem.costs(ceiling)

@@ -1,6 +1,6 @@
 """Exact linear assignment: an auction in fixed point, finished by shortest augmenting paths, with a certificate.
 
-`solve` gives every row of a cost matrix a column of its own at least total cost, in the phases of its last lines:
+`solve` gives every row of a cost matrix a column of its own at least total cost, in four steps:
 
 1. **Normalise** (`problem`). One pass finds the row minima, and a feasible assignment whose total above them is U.
    Costs become whole numbers of levels above their row's minimum, at least 2^46 of them up to U: an entry dearer than
@@ -16,10 +16,11 @@
    from all free rows at once where there are many; ties are resolved by a maximum matching of the tight pairs [4]_.
 4. **Certificate** (`certificate`). The prices prove a lower bound of the total, checked against every cost.
 
-Problems of up to 256 rows skip the auction: their levels stay in the cache, and shortest augmenting paths over all
-columns take one compiled call (`dense`). `blocks` solves many of them in one.
+Problems of up to 256 rows mostly skip the auction: their levels stay in the cache, and shortest augmenting paths over
+all columns take one compiled call (`dense`). Where most rows compete for few columns, those of more than 128 rows go on
+to the auction after all. `blocks` solves many small problems in one call.
 
-`search` holds the state that phases 2 and 3 share; `tuning` the constants, each with what it trades.
+`search` holds the state that steps 2 and 3 share; `tuning` the constants, each with what it trades.
 
 References
 ----------
@@ -129,8 +130,8 @@ def solve(
     Notes
     -----
     At most n Dijkstra searches: O(n^2 m) operations, far fewer in practice. Memory beyond the matrix: O(n + m), 48
-    list entries a row, a sketch of 2 bytes an entry and, where many costs are tied, a bit an entry. Small problems are
-    solved exactly whatever `tolerance` and limits say, and do not need a warm start.
+    list entries a row, a sketch of 2 bytes an entry and, where many costs are tied, a bit an entry. Problems that
+    are solved without an auction are solved exactly, whatever `tolerance` and limits say, and need no warm start.
 
     Examples
     --------
@@ -237,10 +238,12 @@ def _solution(
 
 
 def _total(cost: npt.NDArray[Any], index: npt.NDArray[np.int64]) -> float:
+    chosen = cost[np.arange(len(index)), index].astype(np.float64)
     try:
-        return math.fsum(cost[np.arange(len(index)), index].tolist())
-    except OverflowError:
-        return math.inf
+        return math.fsum(chosen.tolist())
+    except OverflowError:  # of the total, or on the way to it
+        with np.errstate(over="ignore"):
+            return float(np.ldexp(math.fsum(np.ldexp(chosen, -64).tolist()), 64))
 
 
 def _check_arguments(
