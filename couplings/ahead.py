@@ -172,7 +172,10 @@ def _with_group_of_its_own(coupling: Coupling, group: Any) -> Coupling:
     import torch.distributed as dist
 
     ranks = dist.get_process_group_ranks(group)
-    return _over(coupling, dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
+    # Of some ranks the others know nothing. torch then names the group by how many each of its ranks is in already,
+    # which is the same where groups were made alike on all of them.
+    of_some = len(ranks) < dist.get_world_size()
+    return _over(coupling, dist.new_group(ranks, backend="gloo", use_local_synchronization=of_some))
 
 
 def _applied_over(group: Any, coupled: Coupled[Any]) -> Coupled[Any]:

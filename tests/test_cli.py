@@ -237,7 +237,7 @@ def test_compare_skips_by_default_what_it_refuses_by_name(capsys, folder, monkey
     code, said, _ = run(capsys, "compare", "images.pt", "noise.pt", "--repeats", 1, "--json")
     skipped = {cell["method"]: cell["skipped"] for cell in strict(said) if cell["skipped"]}
     assert code == 0
-    assert skipped.keys() == {"emd", "sinkhorn", "nearest"}
+    assert skipped.keys() == {"emd", "nearest"}
     assert "couplings[pot]" in skipped["emd"]
     assert all(cell["reduction"] is cell["gap"] is None for cell in strict(said) if cell["skipped"])
     code, said, complained = run(capsys, "compare", "images.pt", "noise.pt", "--methods", "auction,emd", "--json")
@@ -367,7 +367,7 @@ def test_methods_says_what_is_installed(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     assert "pot: missing" in run(capsys, "methods")[1]
     installed = {entry["name"]: entry["installed"] for entry in strict(run(capsys, "methods", "--json")[1])}
-    assert installed["sinkhorn"] is False
+    assert installed["emd"] is False
     assert installed["lapjv"] is True
 
 
