@@ -134,7 +134,7 @@ def submit(coupling: Coupling, data: Array, noise: Array, **conditions: Any) -> 
     else:
         with _lock:  # ranks must exchange in the same order: one after another
             if group not in _background:
-                _background[group] = (_with_group_of_its_own(coupling, group).options["group"], None)
+                _background[group] = (_new_group_like(group), None)
             background, last = _background[group]
             pending = start(_over(coupling, background), last)
             _background[group] = (background, pending.thread)
@@ -164,8 +164,8 @@ def _over(coupling: Coupling, group: Any) -> Coupling:
     return type(coupling)(coupling.method, coupling.metric, coupling.quantize, coupling.scope, **options)
 
 
-def _with_group_of_its_own(coupling: Coupling, group: Any) -> Coupling:
-    """Give a coupling over ranks a process group that nothing else uses; collective.
+def _new_group_like(group: Any) -> Any:
+    """Make a process group of the same ranks, for one thread at a time; collective.
 
     A gloo group: two NCCL communicators that are used from two threads may wait for each other for ever.
     """
@@ -175,7 +175,7 @@ def _with_group_of_its_own(coupling: Coupling, group: Any) -> Coupling:
     # Of some ranks the others know nothing. torch then names the group by how many each of its ranks is in already,
     # which is the same where groups were made alike on all of them.
     of_some = len(ranks) < dist.get_world_size()
-    return _over(coupling, dist.new_group(ranks, backend="gloo", use_local_synchronization=of_some))
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=of_some)
 
 
 def _applied_over(group: Any, coupled: Coupled[Any]) -> Coupled[Any]:
@@ -282,7 +282,7 @@ class Lookahead:
     ) -> None:
         self.loader, self.window, self.seed, self.device = loader, window, seed, device
         group = _group_of(coupling)
-        self.coupling = coupling if group is None else _with_group_of_its_own(coupling, group)
+        self.coupling = coupling if group is None else _over(coupling, _new_group_like(group))
         self._data, self._condition, self._noise = data, condition, noise
         self._epoch = 0
         self._position = {"window": 0, "handed": 0}

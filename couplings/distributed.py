@@ -42,6 +42,9 @@ __all__ = ["couple_over_ranks", "process_group"]
 
 logger = logging.getLogger(__name__)
 
+# This rank's noise, its assignment, the distances of the whole batch, that batch, and `Coupled.apply`.
+Paired = tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]
+
 _MARGINALS: tuple[Marginal, ...] = get_args(Marginal)
 
 # Values of the noise that two ranks must share to be told that they drew the same: far beyond coincidence.
@@ -98,7 +101,7 @@ def couple_over_ranks(
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
     generator: torch.Generator | None,
-) -> tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]:
+) -> Paired:
     """Couple over every rank of a group; collective.
 
     Every rank calls it with its own rows. The union of the pairs is what one process would make of the batches
@@ -337,7 +340,7 @@ def _couple_own_rows(
     method: Method,
     options: Mapping[str, Any],
     generator: torch.Generator | None,
-) -> tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]:
+) -> Paired:
     """Couple by a method that looks at each row's own candidates only: nothing travels but the costs."""
     problem = own.problem
 
@@ -362,7 +365,7 @@ def _couple_all_rows(
     method: Method,
     options: Mapping[str, Any],
     generator: torch.Generator | None,
-) -> tuple[Tensor, Assignment, Distances, Problem, Callable[[Any], Any]]:
+) -> Paired:
     pool = ranks.all_gather_rows("noise", own.noise, layout.noise_rows)
     whole = replace(
         own.problem,

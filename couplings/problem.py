@@ -114,10 +114,8 @@ class Problem:
     @cached_property
     def operands(self) -> tuple[Operand, Operand]:
         """Data and noise as the cost is computed from them: measured from their centre, and rounded."""
-        x, y = self.centred
-        if self.pricing.quantize is None:
-            return Operand(x), Operand(y)
-        return quantized(x, self.pricing.quantize, largest=self.data_magnitude), quantized(y, self.pricing.quantize)
+        (x, y), name = self.centred, self.pricing.quantize
+        return quantized(x, name, largest=self.data_magnitude), quantized(y, name)
 
     @cached_property
     def centred(self) -> tuple[Tensor, Tensor]:
