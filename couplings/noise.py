@@ -18,7 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["normal", "row_seeds"]
+__all__ = ["STREAMS", "normal", "row_seeds"]
+
+# Streams of one seed, so that no noise serves two purposes.
+STREAMS = {"fit": 0, "check": 1, "start": 2, "quality": 3, "epoch": 4, "persistent": 5, "slots": 6}
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

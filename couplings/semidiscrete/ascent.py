@@ -16,16 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from couplings.noise import normal, row_seeds
+from couplings.noise import STREAMS, normal, row_seeds
 from couplings.semidiscrete.rows import Rows
 from couplings.semidiscrete.search import GROUP, Search
 
-__all__ = ["STREAMS", "State", "ascend", "start"]
+__all__ = ["State", "ascend", "start"]
 
 logger = logging.getLogger(__name__)
-
-# Streams of noise of one seed, so that none is used for two purposes.
-STREAMS = {"fit": 0, "check": 1, "start": 2, "quality": 3, "epoch": 4}
 
 _RATE = 0.3  # of the first step, in units of the typical gap between the two highest scores
 _DECAY_AFTER = 20  # steps

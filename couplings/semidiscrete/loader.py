@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from couplings.noise import normal, row_seeds
-from couplings.semidiscrete.ascent import STREAMS
+from couplings.noise import STREAMS, normal, row_seeds
 from couplings.semidiscrete.rows import rows_of
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from couplings.noise import normal, row_seeds
-from couplings.semidiscrete.ascent import STREAMS
+from couplings.noise import STREAMS, normal, row_seeds
 from couplings.semidiscrete.search import GROUP, Search
 
 if TYPE_CHECKING:
