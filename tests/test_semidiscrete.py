@@ -206,7 +206,7 @@ def test_one_row_gets_all_noise():
 
 
 def test_a_few_atoms_in_the_plane_come_to_rest():
-    """96 atoms and a plane, as in OTT-JAX's tutorial: there chi^2 is 1.18 after 5,000 batches of 128, .04 after 30,000."""
+    """96 atoms and a plane, as in a tutorial: chi^2 1.18 after 5,000 batches of 128, .04 after 30,000 (OTT-JAX)."""
     angle = torch.arange(96) * (2 * math.pi / 96)
     data = torch.stack([angle.cos(), angle.sin()], 1) * (1 + drawn(96, 1).abs())
     seen = []
