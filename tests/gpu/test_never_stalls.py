@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from oracles import skip_without
-from waits import counted
 
 import couplings
+from benchmarks.waits import counted
 from couplings import Coupling, lookahead
 
 TENTH_OF_A_SECOND = 200_000_000  # cycles of the device's clock, about
