@@ -92,8 +92,9 @@ def calls(device: Any, sizes: tuple[int, ...], seconds: float, end: float) -> It
             record = {"task": "calls", "n": n, "contender": name}
             try:
                 call()
-            except ImportError as error:
-                yield record | {"status": "absent", "note": str(error)}
+            except Exception as error:  # the other calls go on
+                status = "absent" if isinstance(error, ImportError) else "failed"
+                yield record | {"status": status, "note": f"{type(error).__name__}: {error}"[:300]}
                 continue
             taken = []
             stop = timer() + seconds
@@ -141,9 +142,8 @@ def steps(
     for n in sizes:
         if time.perf_counter() > end:
             return
-        step = ahead.gpu_step(2 * n, n, device, **network)
-        single = ahead.Step(step.name, step.run, step.batches[:1], step.metric, step.wait)
-        for record in ahead.compare(single, rounds=rounds, seconds=seconds):
+        step = ahead.gpu_step(n, n, device, **network)
+        for record in ahead.compare(step, rounds=rounds, seconds=seconds):
             yield {**record, "status": "ok"}
 
 
@@ -188,7 +188,7 @@ def clustered_rows(rows: int, device: Any) -> Any:
     return made.clamp_(-1, 1)
 
 
-def dataset(device: Any, rows: int, seconds: float) -> Iterator[Record]:
+def dataset(device: Any, rows: int, seconds: float, drawn: int = 4096) -> Iterator[Record]:
     """Fit a dataset-level coupling for so many seconds; time `assign` against its one product."""
     import torch
     from torch.utils.benchmark.utils.timer import timer
@@ -221,7 +221,7 @@ def dataset(device: Any, rows: int, seconds: float) -> Iterator[Record]:
     }
 
     plan = semidiscrete.fit(data, steps=5)
-    noise = torch.randn(4096, *data.shape[1:], device=device)
+    noise = torch.randn(drawn, *data.shape[1:], device=device)
     flat, z = data.flatten(1), noise.flatten(1)
     half, narrow = flat.bfloat16(), z.bfloat16()
     contenders: dict[str, Callable[[], Any]] = {
@@ -368,6 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--name", help="of the record; by default that of the device")
+    parser.add_argument("--commit", help="of the library, where git cannot tell")
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs; on a CPU too")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
@@ -381,6 +382,8 @@ def main(argv: list[str] | None = None) -> int:
     path.unlink(missing_ok=True)
     torch.backends.cudnn.benchmark = True
     place = environment(torch.get_num_threads(), None, (*PACKAGES, "diffusers"))
+    if arguments.commit:
+        place |= {"commit": arguments.commit, "kernels": arguments.commit}
     begun = time.perf_counter()
     couplings.warmup()
 
@@ -399,8 +402,8 @@ def main(argv: list[str] | None = None) -> int:
         if which == "steps" and quick:
             return steps(device, (4,), 2, 0.01, until(60.0), channels=(32, 32))
         if which == "steps":
-            return steps(device, (256, 512, 1024), 5, 0.6, until(60.0))
-        return dataset(device, 200 if quick else 50_000, 1.0 if quick else 40.0)
+            return steps(device, (256, 512, 1024), 7, 0.6, until(60.0))
+        return dataset(device, 64, 1.0, 64) if quick else dataset(device, 50_000, 40.0)
 
     failed = False
     for which in arguments.only:
