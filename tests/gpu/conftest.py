@@ -1,5 +1,6 @@
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import couplings
 
 def pytest_collection_modifyitems(items):
     """Every test of this folder is marked `gpu`, and skipped where there is no CUDA device."""
-    here = [item for item in items if __file__.rpartition("/")[0] in str(item.path)]
-    for item in here:
+    here = Path(__file__).parent
+    for item in items:
+        if here not in item.path.parents:
+            continue
         item.add_marker(pytest.mark.gpu)
         if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

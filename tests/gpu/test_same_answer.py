@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from oracles import MODULES, multiset, same_bits, skip_without
+from oracles import MODULES, multiset, paired, same_bits, skip_without
 
 import couplings
 from couplings import Coupling, couple
@@ -88,9 +88,10 @@ def test_every_method_metric_quantizer_dtype_and_condition(device, info, metric)
         found = difference(info, metric, quantize, here, there, noise)
         if found is not None:
             wrong.append(f"{quantize}, {dtype}, {kind}: {found}")
-        if not isinstance(here, type) and not isinstance(there, type):
+        # Rounded to few values costs are tied; and one draw that differs changes all that follow it.
+        if quantize is None and info.name != "sinkhorn" and not isinstance(here, type):
             compared += 1
-            same += torch.equal(here.index, there.index.cpu())
+            same += not isinstance(there, type) and torch.equal(here.index, there.index.cpu())
     assert not wrong, "\n".join(wrong)
     assert same >= 0.9 * compared
 
@@ -109,13 +110,13 @@ def test_sizes_that_the_hardware_does_not_multiply_natively(device, quantize, ro
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-@pytest.mark.parametrize("quantize", couplings.quantizers())
-def test_no_finite_input_overflows_in_a_narrow_type(device, quantize, size):
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_no_finite_input_overflows_or_vanishes(device, quantize, size):
     data, noise = (size * side for side in batch())
-    here, there = (
-        couple(data.to(where), noise.to(where), metric="cosine", quantize=quantize) for where in ("cpu", device)
-    )
-    assert there.reduction.item() == pytest.approx(here.reduction.item(), abs=1e-3)
+    here = couple(data, noise, metric="cosine", quantize=quantize)
+    there = couple(data.to(device), noise.to(device), metric="cosine", quantize=quantize)
+    assert paired(data, there.noise.cpu(), "cosine") == pytest.approx(paired(data, here.noise, "cosine"), rel=1e-3)
+    assert there.cost.item() == pytest.approx(here.cost.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
