@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, distributed, solver_tables, training_tables
+from . import ablation_tables, distributed, pools_tables, solver_tables, training_tables
 from .record import RESULTS, ROOT, markdown
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
@@ -53,6 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **training_tables.TABLES,
     **ablation_tables.TABLES,
     **distributed.TABLES,
+    **pools_tables.TABLES,
 }
 
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             page.write_text(filled(page.read_text()))
     if arguments.check:
         return int(bool(stale))
-    for module in (solver_tables, training_tables, ablation_tables):
+    for module in (solver_tables, training_tables, ablation_tables, pools_tables):
         module.draw(RESULTS)
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -91,29 +91,13 @@ def prepare(images: Tensor, folder: Path) -> None:
         semidiscrete.fit(images, tolerance=TOLERANCE, progress=True, checkpoint=folder / "fit.safetensors").save(path)
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """A way of pairing.
-
-    Attributes
-    ----------
-    title : str
-        In tables.
-    pairs : callable
-        Maps a `Run` to its stream.
-    """
-
-    title: str
-    pairs: Callable[[Run], Pairs] = field(repr=False)
-
-
-PAIRINGS = {
-    "independent": Pairing("independent", within(Coupling("independent"))),
-    "batch": Pairing("exact, 128 rows", within(Coupling())),
-    "batch-l2": Pairing("exact, 128 rows, l2", within(Coupling(metric="l2"))),
-    "window": Pairing("exact, 2,048 rows", within(Coupling(), 16)),
-    "nearest-l2": Pairing("nearest, k = 4, l2", within(Coupling("nearest", k=4))),
-    "nearest-dot": Pairing("nearest, k = 4, dot", within(Coupling("nearest", k=4, score="dot"))),
-    "semidiscrete": Pairing("semidiscrete", picked),
-    "persistent": Pairing("persistent, 4 seeds a row", kept),
+PAIRINGS: dict[str, Callable[[Run], Pairs]] = {
+    "independent": within(Coupling("independent")),
+    "batch": within(Coupling()),
+    "batch-l2": within(Coupling(metric="l2")),
+    "window": within(Coupling(), 16),
+    "nearest-l2": within(Coupling("nearest", k=4)),
+    "nearest-dot": within(Coupling("nearest", k=4, score="dot")),
+    "semidiscrete": picked,
+    "persistent": kept,
 }

@@ -107,8 +107,7 @@ def run(task: Task) -> str:
     )
     count = train.global_batch_size
     streams = [
-        pairs.PAIRINGS[task.pairing].pairs(pairs.Run(images, count, train.steps, seed, task.folder))
-        for seed in task.seeds
+        pairs.PAIRINGS[task.pairing](pairs.Run(images, count, train.steps, seed, task.folder)) for seed in task.seeds
     ]
     chi2 = semidiscrete.Semidiscrete.load(task.folder / pairs.PLAN).chi2 if task.pairing == "semidiscrete" else None
     trainer = Trainer(study, task.seeds, device)

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from benchmarks import pools_tables
 from benchmarks.pools import pairs, train
 from benchmarks.pools.networks import Stack
 from benchmarks.pools.studies import Consistency, Pools
@@ -46,7 +47,7 @@ def images():
 def stream(name, folder, steps=8, seed=3):
     """Return all data and noise of some steps."""
     run = pairs.Run(images(), BATCH, steps, seed, folder)
-    data, noise = zip(*islice(pairs.PAIRINGS[name].pairs(run), steps), strict=True)
+    data, noise = zip(*islice(pairs.PAIRINGS[name](run), steps), strict=True)
     return run, torch.cat(data), torch.cat(noise)
 
 
@@ -211,3 +212,40 @@ def test_consistency_is_sampled_with_fresh_and_with_repeated_noise(tmp_path):
     assert list(found[0]["frechet"]) == [
         *("1", "2, fresh at 2.5", "2, repeated at 2.5", "2, fresh at 0.8", "2, repeated at 0.8")
     ]
+
+
+def _record(objective, pairing, seed, frechet, step=2):
+    train_section = {"seed": seed, "steps": step}
+    return {
+        **{"study": "pools", "objective": objective, "pairing": pairing, "seed": seed, "step": step},
+        **{"settings": {"train": train_section}, "distance": 1500.0, "chi2": 0.04, "frechet": frechet},
+    }
+
+
+def test_tables_show_the_best_in_bold_and_losses_as_they_are():
+    records = [
+        *(_record("flow", "independent", seed, {"1": 100.0, "50": 10.0, "dopri5": 10.0}) for seed in (0, 1)),
+        *(_record("flow", "batch", seed, {"1": 60.0, "50": 11.0, "dopri5": 9.0 + 2.5 * seed}) for seed in (0, 1)),
+        *(_record("flow", "semidiscrete", seed, {"1": 40.0, "50": 9.0, "dopri5": None}) for seed in (0, 1)),
+        _record("v", "independent", 0, {"1": 50.0, "50": 5.0}),
+    ]
+    results = pools_tables.Results(records)
+    table = pools_tables.change_table(results)
+    assert "| Flow matching | exact, 128 rows | -40% | +10% | (+2%) |" in table
+    assert "|  | semidiscrete | **-60%** | **-10%** |  |" in table
+    assert "| DDIM, v prediction | independent | 50.0 | 5.0 |  |" in pools_tables.final_table(results)
+    assert "| semidiscrete | 1500.0 | 0.040 |" in pools_tables.pairs_table(results)
+    assert "v prediction" not in pools_tables.readme_table(results)
+    assert pools_tables.over_steps(results) is not None
+    assert pools_tables.along(results) is not None
+
+
+def test_runs_with_different_settings_are_not_in_one_table():
+    records = [_record("flow", "independent", 0, {"1": 1.0}), _record("flow", "batch", 0, {"1": 1.0}, step=3)]
+    with pytest.raises(ValueError, match="flow is on record with different settings"):
+        pools_tables.Results(records)
+
+
+def test_every_arm_has_a_name_in_the_tables():
+    assert {*Pools.pairings, *Consistency.pairings} <= set(pairs.PAIRINGS) <= set(pools_tables.PAIRINGS)
+    assert {*Pools.variants, *Consistency.variants} == set(pools_tables.OBJECTIVES)
