@@ -235,7 +235,7 @@ def over_steps(results: Results) -> Any:
         column[0].set_yticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
     panels[0][0].set_ylabel("Frechet distance")
     panels[1][0].set_ylabel("relative to independent noise")
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    _legend(figure, panels)
     return figure
 
 
@@ -249,7 +249,7 @@ def along(results: Results) -> Any:
         axes.set_yticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
         axes.minorticks_off()
     panels[0][0].set_ylabel("Frechet distance, one step")
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    _legend(figure, panels)
     return figure
 
 
@@ -269,6 +269,11 @@ def _panels(results: Results, rows: int) -> tuple[Any, Any]:
         axes.grid(axis="y", color="#e6e8eb")
         axes.set_axisbelow(True)
     return figure, panels
+
+
+def _legend(figure: Any, panels: Any) -> None:
+    lines = {line.get_label(): line for line in panels[0][0].get_lines() if line.get_label() in PAIRINGS.values()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _line(axes: Any, by_seed: pd.DataFrame, pairing: str) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -59,13 +61,15 @@ def main(argv: list[str] | None = None) -> None:
         for study in (STUDIES[name] for name in arguments.study)
         for pairing in arguments.pairings or study.pairings
     ]
-    # One that fails takes nothing with it.
+    failed = False
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as workers:
         running = {workers.submit(run, task): task for task in tasks}
         for done in as_completed(running):
             task, error = running[done], done.exception()
-            ended = done.result() if error is None else f"{type(error).__name__}: {error}"
+            ended = done.result() if error is None else "".join(traceback.format_exception(error))
             print(f"{time.time() - began:4.0f} s  {task.study}, {task.pairing}: {ended}", flush=True)
+            failed |= error is not None
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

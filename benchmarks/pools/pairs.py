@@ -83,12 +83,10 @@ def kept(run: Run) -> Pairs:
             yield run.images[rows], pairs.couple(run.images[rows], rows).noise
 
 
-def prepare(images: Tensor, folder: Path) -> None:
-    """Fit the dataset-level coupling, unless it is there."""
-    path = folder / PLAN
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        semidiscrete.fit(images, tolerance=TOLERANCE, progress=True, checkpoint=folder / "fit.safetensors").save(path)
+def fit(images: Tensor, folder: Path) -> None:
+    """Fit the dataset-level coupling."""
+    folder.mkdir(parents=True, exist_ok=True)
+    semidiscrete.fit(images, tolerance=TOLERANCE, progress=True).save(folder / PLAN)
 
 
 PAIRINGS: dict[str, Callable[[Run], Pairs]] = {

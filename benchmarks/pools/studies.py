@@ -33,26 +33,30 @@ class Study(ABC):
     ----------
     source : Source
         The data.
+    pairing : str
+        How noise is paired, which may decide what is trained.
     further : sequence of str
         Overrides of the recipes.
 
     Attributes
     ----------
-    recipes : dict
-        By the names of the objectives. What is not of the objective is the same in all.
+    pairings : dict
+        The ways of pairing, to the objectives that are trained with them.
+    recipes, objectives : dict
+        By the names of the objectives. What is not of the objective is the same in all recipes.
     """
 
     name: str
     variants: dict[str, tuple[str, ...]]
-    pairings: tuple[str, ...]
+    pairings: dict[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     training: tuple[str, ...] = ()
 
-    def __init__(self, source: Source, further: Sequence[str]) -> None:
-        self.recipes = {
-            name: config.load([str(RECIPES / recipe), *self.training, *overrides, *further])
-            for name, (recipe, *overrides) in self.variants.items()
-        }
+    def __init__(self, source: Source, pairing: str, further: Sequence[str] = ()) -> None:
+        self.recipes = {}
+        for name in self.pairings.get(pairing, self.variants):
+            recipe, *overrides = self.variants[name]
+            self.recipes[name] = config.load([str(RECIPES / recipe), *self.training, *overrides, *further])
         for recipe in self.recipes.values():
             if hasattr(recipe.objective, "total_steps"):
                 recipe.objective.total_steps = recipe.train.steps
@@ -93,7 +97,9 @@ class Pools(Study):
         "v": ("ddim.yaml", *_overrides(prediction="v_prediction")),
         "image": ("ddim.yaml", *_overrides(prediction="sample")),
     }
-    pairings = ("independent", "semidiscrete", "batch", "window", "nearest-l2", "nearest-dot", "persistent")
+    pairings = dict.fromkeys(
+        ("independent", "semidiscrete", "batch", "window", "nearest-l2", "nearest-dot", "persistent"), tuple(variants)
+    )
     seeds = (0, 1)
     steps = (1, 2, 3, 5, 10, 20, 50)
     training = ("--train.steps", "2000", "--train.checkpoint_every", "500", "--evaluate.samples", "5000")
@@ -133,14 +139,17 @@ class Consistency(Study):
         "ict-levels": ("consistency.yaml", *_overrides(level_mean="1.0")),
         "ict-weights": ("consistency.yaml",),
     }
-    pairings = ("independent", "semidiscrete", "batch", "window", "nearest-l2", "batch-l2")
+    pairings = {  # noqa: RUF012
+        **dict.fromkeys(("independent", "semidiscrete", "batch", "window"), tuple(variants)),
+        **dict.fromkeys(("nearest-l2", "batch-l2"), ("ct", "ict")),
+    }
     seeds = (0, 1, 2)
     between = (2.5, 0.8)  # levels to which noise is added again: about that of diffusers' sampler, and a cleaner one
 
-    def __init__(self, source: Source, further: Sequence[str]) -> None:
-        super().__init__(source, further)
-        plain = self.objectives["ict-weights"]
-        self.objectives["ict-weights"] = Alike(plain.config, plain.shape)
+    def __init__(self, source: Source, pairing: str, further: Sequence[str] = ()) -> None:
+        super().__init__(source, pairing, further)
+        if plain := self.objectives.get("ict-weights"):
+            self.objectives["ict-weights"] = Alike(plain.config, plain.shape)
         self._first, *_ = self.objectives.values()
         self._target: Stack | None = None
 

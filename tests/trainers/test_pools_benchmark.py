@@ -9,7 +9,7 @@ import torch
 from benchmarks import pools_tables
 from benchmarks.pools import pairs, train
 from benchmarks.pools.networks import Stack
-from benchmarks.pools.studies import Consistency, Pools
+from benchmarks.pools.studies import STUDIES, Consistency, Pools
 from benchmarks.record import read
 from couplings import couple
 from couplings.semidiscrete import Semidiscrete
@@ -36,7 +36,7 @@ BATCH = 8
 def folder(tmp_path_factory):
     """Of 64 images."""
     path = tmp_path_factory.mktemp("pools")
-    pairs.prepare(images(), path)
+    pairs.fit(images(), path)
     return path
 
 
@@ -129,7 +129,7 @@ def digits():
 
 
 def test_the_noise_of_a_pair_is_mixed_and_regressed(digits):
-    study = Pools(digits, FURTHER)
+    study = Pools(digits, "batch", FURTHER)
     x, z = torch.rand(32, 1, 8, 8), torch.randn(32, 1, 8, 8)
     mixed = study.mixed(x, z, Draws(0, 0, 0, 1, torch.device("cpu")))
     flow, v, image = mixed.target.split(32)
@@ -143,7 +143,7 @@ def test_the_noise_of_a_pair_is_mixed_and_regressed(digits):
 
 
 def test_factors_of_consistency_training_differ_in_what_they_say(digits):
-    study = Consistency(digits, (*FURTHER, "--train.steps", "600"))
+    study = Consistency(digits, "batch", (*FURTHER, "--train.steps", "600"))
     assert all(recipe.objective.total_steps == 600 for recipe in study.recipes.values())
     x, z = torch.rand(2000, 1, 8, 8), torch.randn(2000, 1, 8, 8)
     mixed = study.mixed(x, z, Draws(0, 500, 0, 1, torch.device("cpu")))
@@ -164,9 +164,9 @@ def test_factors_of_consistency_training_differ_in_what_they_say(digits):
 
 def test_every_network_is_trained_as_it_would_be_alone(digits):
     x, z = torch.rand(2, 32, 1, 8, 8), torch.randn(2, 32, 1, 8, 8)
-    weights = []
+    started, weights = (*FURTHER, "--optimizer.warmup_steps", "0"), []
     for seeds in ((0, 1), (0,)):
-        trainer = train.Trainer(Pools(digits, (*FURTHER, "--optimizer.warmup_steps", "0")), seeds, torch.device("cpu"))
+        trainer = train.Trainer(Pools(digits, "batch", started), seeds, torch.device("cpu"))
         for _ in range(2):
             trainer.step(x[: len(seeds)].flatten(0, 1), z[: len(seeds)].flatten(0, 1))
         weights.append(trainer.weights.detach().unflatten(0, (3, -1)))
@@ -201,14 +201,27 @@ def test_a_run_is_on_record_once_and_ends_in_time(tmp_path, digits):
     assert len(read(records)) == len(found)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("study", "pairing"), [(name, pairing) for name, study in STUDIES.items() for pairing in study.pairings]
+)
+def test_every_task_runs_on_a_gpu(study, pairing, tmp_path):
+    Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
+    train.prepare("digits", "cuda", tmp_path)
+    task = train.Task(study, pairing, (0, 1), "digits", "cuda", tmp_path, tmp_path / "records.jsonl", None, FURTHER)
+    assert train.run(task) == "3 steps"
+    assert all(record["environment"]["device"] != "cpu" for record in read(tmp_path / "records.jsonl"))
+
+
 def test_consistency_is_sampled_with_fresh_and_with_repeated_noise(tmp_path):
     Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
     records = tmp_path / "consistency.jsonl"
     few = (*FURTHER, "--train.steps", "1", "--train.checkpoint_every", "1")
-    task = train.Task("consistency", "independent", (0,), "digits", "cpu", tmp_path, records, None, few)
+    task = train.Task("consistency", "nearest-l2", (0,), "digits", "cpu", tmp_path, records, None, few)
     assert train.run(task) == "1 steps"
     found = read(records)
-    assert [r["objective"] for r in found] == list(Consistency.variants)
+    assert [r["objective"] for r in found] == ["ct", "ict"]
     assert list(found[0]["frechet"]) == [
         *("1", "2, fresh at 2.5", "2, repeated at 2.5", "2, fresh at 0.8", "2, repeated at 0.8")
     ]
