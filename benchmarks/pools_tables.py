@@ -42,6 +42,7 @@ COLORS = dict(
         strict=True,
     )
 )
+DENOISED = "data at"
 ABSENT = "Not measured yet: `python -m benchmarks.pools`."
 
 
@@ -53,7 +54,9 @@ class Results:
     frechet : Series
         Distances by ``objective, pairing, way, step, seed``; ``way`` is how samples were drawn, such as the number of
         steps, and ``step`` counts training steps. NaN where a sample was not finite.
-    ways, steps : list
+    ways, denoised : list of str
+        Of sampling; and the levels from which data was denoised.
+    steps : list of int
     last : int
         Training steps at the end.
 
@@ -81,7 +84,9 @@ class Results:
             },
             names,
         )
-        self.ways = list(dict.fromkeys(way for record in records for way in record["frechet"]))
+        ways = dict.fromkeys(way for record in records for way in record["frechet"])
+        self.ways = [way for way in ways if not way.startswith(DENOISED)]
+        self.denoised = [way for way in ways if way.startswith(DENOISED)]
         self.steps = sorted(self.frechet.index.unique("step"))
         self.last = self.steps[-1]
 
@@ -132,8 +137,17 @@ def _rows(
 
 def final_table(results: Results) -> str:
     """Distances at the end of training: mean over seeds, lowest to highest."""
-    rows = _rows(results, lambda *arm: [spread(results.at(*arm, way).dropna()) for way in results.ways])
-    return markdown(["", "noise", *results.ways], rows)
+    return _distances(results, results.ways)
+
+
+def denoised_table(results: Results) -> str:
+    """Distances of data that was denoised from a level in one step."""
+    return _distances(results, results.denoised)
+
+
+def _distances(results: Results, ways: list[str]) -> str:
+    rows = _rows(results, lambda *arm: [spread(results.at(*arm, way).dropna()) for way in ways])
+    return markdown(["", "noise", *ways], rows)
 
 
 def changes(results: Results, objective: str, pairing: str) -> list[str]:
@@ -190,6 +204,7 @@ _OF_A_STUDY: dict[str, Callable[[Results], str]] = {
     "final": final_table,
     "change": change_table,
     "along": along_table,
+    "denoised": denoised_table,
     "pairs": pairs_table,
 }
 TABLES: dict[str, Callable[[], str]] = {

@@ -20,6 +20,8 @@ from integrations.randomness import Draws
 from ..training import RECIPES
 from .networks import Stack
 
+Pair = tuple[Tensor, Tensor]
+
 
 def _overrides(**fields: str) -> tuple[str, ...]:
     """Return the overrides that set fields of the objective."""
@@ -81,10 +83,12 @@ class Study(ABC):
         """Follow the networks after so many steps."""
 
     @abstractmethod
-    def samples(self, name: str, stack: Stack, noise: Tensor, fresh: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def samples(
+        self, name: str, stack: Stack, noise: Tensor, fresh: Tensor, pair: Pair
+    ) -> Iterator[tuple[str, Tensor]]:
         """Sample the networks of one objective in every way; yield its name, and images in [-1, 1].
 
-        `fresh` is noise that no sample begins with.
+        Samples begin with `noise`. There is `fresh` noise, and data with its noise as in training; of all as many rows.
         """
 
 
@@ -110,7 +114,9 @@ class Pools(Study):
         prediction = stack(mixed.inputs, mixed.timesteps).sample
         return (prediction - mixed.target).square().flatten(1).mean(1)
 
-    def samples(self, name: str, stack: Stack, noise: Tensor, fresh: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def samples(
+        self, name: str, stack: Stack, noise: Tensor, fresh: Tensor, pair: Pair
+    ) -> Iterator[tuple[str, Tensor]]:
         """Sample with several numbers of steps, and the flow with an adaptive solver."""
         objective = self.objectives[name]
         for steps in self.steps:
@@ -145,6 +151,7 @@ class Consistency(Study):
     }
     seeds = (0, 1, 2)
     between = (2.5, 0.8)  # levels to which noise is added again: about that of diffusers' sampler, and a cleaner one
+    shown = (40, 10, 2.5)  # levels from which data with its noise is denoised
 
     def __init__(self, source: Source, pairing: str, further: Sequence[str] = ()) -> None:
         super().__init__(source, pairing, further)
@@ -174,8 +181,10 @@ class Consistency(Study):
             decay = target_decay(objective.config, steps - 1) if objective.config.variant == "ct" else 0.0
             ours.lerp_(theirs.detach(), 1.0 - decay)
 
-    def samples(self, name: str, stack: Stack, noise: Tensor, fresh: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Sample in one step, and in two with fresh noise or with that of the first step again."""
+    def samples(
+        self, name: str, stack: Stack, noise: Tensor, fresh: Tensor, pair: Pair
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Sample in one step, and in two with fresh noise or with that of the first step again; denoise data."""
         objective = self.objectives[name]
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -187,6 +196,9 @@ class Consistency(Study):
         for sigma in self.between:
             for title, added in (("fresh", fresh), ("repeated", noise)):
                 yield f"2, {title} at {sigma}", denoise(first + math.sqrt(sigma**2 - sigma_min**2) * added, sigma)
+        data, paired = pair
+        for sigma in self.shown:
+            yield f"data at {sigma}", denoise(data + sigma * paired, sigma)
 
 
 STUDIES = {study.name: study for study in (Pools, Consistency)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,19 +113,21 @@ def run(task: Task) -> str:
     ]
     chi2 = semidiscrete.Semidiscrete.load(task.folder / pairs.PLAN).chi2 if task.pairing == "semidiscrete" else None
     trainer = Trainer(study, task.seeds, device)
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=-(-trainer.recipe.evaluate.samples // count))
     began, distance, since = time.perf_counter(), torch.zeros(len(streams), device=device), 0
     for step in range(1, train.steps + 1):
         if task.deadline is not None and time.time() > task.deadline:
             return f"ended after {step - 1} steps: the time is over"
         parts = [next(stream) for stream in streams]
-        data, noise = (torch.cat(side) for side in zip(*parts, strict=True))
-        trainer.step(data, noise)
-        distance += (data - noise).square().flatten(1).sum(1).view(len(streams), -1).mean(1)
+        data, noise = (torch.stack(side) for side in zip(*parts, strict=True))
+        recent.append((data, noise))
+        trainer.step(data.flatten(0, 1), noise.flatten(0, 1))
+        distance += (data - noise).square().flatten(2).sum(2).mean(1)
         since += 1
         if step not in checkpoints:
             continue
         seconds, means = time.perf_counter() - began, (distance / since).tolist()
-        found = trainer.frechet(scores, source.shape)
+        found = trainer.frechet(scores, *(torch.cat(side, 1) for side in zip(*recent, strict=True)))
         place = environment(1, None, VERSIONS) | {"device": _name(device)}
         for key in (key for key in wanted if key["step"] == step):
             about = {"distance": means[task.seeds.index(key["seed"])], "seconds": seconds, "chi2": chi2}
@@ -179,17 +182,24 @@ class Trainer:
         self.study.after_step(self.stack, self.steps)
 
     @torch.no_grad()
-    def frechet(self, scores: measure.Scores, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, float | None]]:
-        """Return the Frechet distance of each network's samples, for every way of sampling; None if not finite."""
-        count, seeds = self.recipe.evaluate.samples, len(self.seeds)
+    def frechet(
+        self, scores: measure.Scores, data: Tensor, paired: Tensor
+    ) -> dict[tuple[str, int], dict[str, float | None]]:
+        """Return the Frechet distance of each network's samples, for every way of sampling; None if not finite.
+
+        `data` and its noise are ``(seeds, n, *shape)``; fewer rows than samples come again.
+        """
+        count, shape, seeds = self.recipe.evaluate.samples, data.shape[2:], len(self.seeds)
+        again = torch.arange(count, device=self.device) % data.shape[1]
         generator = torch.Generator().manual_seed(NOISE_SEED)
         noise, fresh = (torch.randn(count, *shape, generator=generator).to(self.device) for _ in range(2))
         found: dict[tuple[str, int], dict[str, float | None]] = {}
         for name, average in zip(self.study.objectives, self.average.split(seeds), strict=True):
             images: dict[str, list[Tensor]] = {}
-            for part, other in zip(noise.split(AT_ONCE), fresh.split(AT_ONCE), strict=True):
-                repeated = (x.repeat(seeds, *[1] * len(shape)) for x in (part, other))
-                for way, samples in self.study.samples(name, self.stack.holding(average), *repeated):
+            for rows in torch.arange(count, device=self.device).split(AT_ONCE):
+                repeated = (x[rows].repeat(seeds, *[1] * len(shape)) for x in (noise, fresh))
+                pair = tuple(x[:, again[rows]].flatten(0, 1) for x in (data, paired))
+                for way, samples in self.study.samples(name, self.stack.holding(average), *repeated, pair):
                     images.setdefault(way, []).append(samples.unflatten(0, (seeds, -1)))
             for k, seed in enumerate(self.seeds):
                 found[name, seed] = {way: _distance(scores, (x[k] for x in drawn)) for way, drawn in images.items()}

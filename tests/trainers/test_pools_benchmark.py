@@ -222,9 +222,8 @@ def test_consistency_is_sampled_with_fresh_and_with_repeated_noise(tmp_path):
     assert train.run(task) == "1 steps"
     found = read(records)
     assert [r["objective"] for r in found] == ["ct", "ict"]
-    assert list(found[0]["frechet"]) == [
-        *("1", "2, fresh at 2.5", "2, repeated at 2.5", "2, fresh at 0.8", "2, repeated at 0.8")
-    ]
+    two = [f"2, {noise} at {level}" for level in (2.5, 0.8) for noise in ("fresh", "repeated")]
+    assert list(found[0]["frechet"]) == ["1", *two, "data at 40", "data at 10", "data at 2.5"]
 
 
 def _record(objective, pairing, seed, frechet, step=2):
