@@ -1,0 +1,1 @@
+"""Published tables, measured again with this library: ``python -m benchmarks.published NAME``."""
