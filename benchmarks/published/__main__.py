@@ -64,7 +64,7 @@ def measure(table: Table, cell: str, settings: Settings, arguments: argparse.Nam
                     "beside": missing,
                     "seconds": round(seconds, 1),
                     "device": device,
-                    "environment": environment(torch.get_num_threads(), None, VERSIONS, ("couplings", "benchmarks")),
+                    "environment": environment(torch.get_num_threads(), None, VERSIONS, ("couplings", "benchmarks/published")),
                 },
             )
         checkpoint.unlink(missing_ok=True)
