@@ -15,6 +15,7 @@ from collections.abc import Callable
 import couplings
 
 from . import ablation_tables, distributed, solver_tables, training_tables
+from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
@@ -53,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **training_tables.TABLES,
     **ablation_tables.TABLES,
     **distributed.TABLES,
+    **published_tables.TABLES,
 }
 
 

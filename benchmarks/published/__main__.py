@@ -15,16 +15,13 @@ from pathlib import Path
 import torch
 
 from ..record import PACKAGES, RESULTS, Record, append, environment, read
-from . import c2ot_toy, checkerboard, class_from_noise, otcfm, ott_semidiscrete
+from . import FILE, TABLES
 from .ensemble import Place
 from .measures import verdict
 from .table import Settings, Table
 
 VERSIONS = (*PACKAGES[:5], "torchdiffeq", "scikit-learn")
-TABLES = {
-    module.TABLE.name: module.TABLE for module in (c2ot_toy, otcfm, checkerboard, ott_semidiscrete, class_from_noise)
-}
-FILE = "published.jsonl"
+SOURCES = ("couplings", "benchmarks/published")
 
 
 def on_record(path: Path, table: Table, cell: str, settings: Settings) -> dict[int, Record]:
@@ -64,7 +61,9 @@ def measure(table: Table, cell: str, settings: Settings, arguments: argparse.Nam
                     "beside": missing,
                     "seconds": round(seconds, 1),
                     "device": device,
-                    "environment": environment(torch.get_num_threads(), None, VERSIONS, ("couplings", "benchmarks/published")),
+                    "environment": environment(
+                        torch.get_num_threads(), None, VERSIONS, ("couplings", "benchmarks/published")
+                    ),
                 },
             )
         checkpoint.unlink(missing_ok=True)
