@@ -81,13 +81,15 @@ class Clouds:
         # Two clouds come from loaders that leave a last batch out if it is smaller.
         return parts[0], *(part[: max(1, self.held // self.batch) * self.batch] for part in parts[1:])
 
-    def pairs(self, source: Tensor, target: Tensor, g: torch.Generator) -> dict[str, Tensor]:
-        """Couple a batch and put points on the paths between."""
-        if self.method == "ot-cfm":
-            source = COUPLING(target, source).noise
-            # As many pairs as there are, drawn from the plan with replacement.
-            drawn = torch.randint(0, len(target), (len(target),), generator=g)
-            source, target = source[drawn], target[drawn]
+    def pairs(self, source: Tensor, target: Tensor, g: torch.Generator, *, coupled: bool) -> dict[str, Tensor]:
+        """Couple rows, a batch at a time, and put points on the paths between."""
+        if coupled:
+            batches = list(zip(source.split(self.batch), target.split(self.batch), strict=True))
+            source = torch.cat([COUPLING(y, x).noise for x, y in batches])
+            # Of every batch, as many pairs as there are, drawn from the plan with replacement.
+            drawn = [torch.randint(0, len(x), (len(x),), generator=g) for x, _ in batches]
+            index = torch.cat([part + self.batch * number for number, part in enumerate(drawn)])
+            source, target = source[index], target[index]
         t = torch.rand(len(target), 1, generator=g)
         x = torch.lerp(source, target, t) + SIGMA * normal(len(target), g)
         return {"x": x, "t": t, "target": target - source}
@@ -96,23 +98,20 @@ class Clouds:
         """Make the batches of an epoch."""
         g = generator(seed, TRAIN, number)
         sources, targets = self.sets(seed)
-        order = torch.randperm(self.rows, generator=g)
+        target = targets[0][torch.randperm(self.rows, generator=g)]
         if sources is None:
-            drawn = normal(self.rows, g)
+            source = normal(self.rows, g)
         else:
             whole = self.rows // self.batch * self.batch
-            order, drawn = order[:whole], sources[0][torch.randperm(self.rows, generator=g)[:whole]]
-        batches = zip(drawn.split(self.batch), targets[0][order].split(self.batch), strict=True)
-        made = [self.pairs(source, target, g) for source, target in batches]
-        return {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
+            source, target = sources[0][torch.randperm(self.rows, generator=g)[:whole]], target[:whole]
+        return self.pairs(source, target, g, coupled=self.method == "ot-cfm")
 
     def check(self, seed: int, number: int) -> dict[str, Tensor]:
-        """Make the batches of a validation."""
+        """Make the batches of a validation; those of two clouds are not coupled in it."""
         g = generator(seed, CHECK, number)
         sources, targets = self.sets(seed)
-        if sources is None:
-            return self.pairs(normal(self.held, g), targets[1], g)
-        return self.pairs(sources[1], targets[1], g)
+        source = normal(len(targets[1]), g) if sources is None else sources[1]
+        return self.pairs(source, targets[1], g, coupled=self.method == "ot-cfm" and sources is None)
 
 
 def normalized_path_energy(energy: float, squared_distance: float) -> float:
