@@ -165,6 +165,18 @@ def test_a_program_records_every_cell_once(name, tmp_path, capsys):
     assert all(any(line.startswith(f"{name}, {cell}, ") for line in said.splitlines()) for cell in table.cells)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", published.TABLES)
+def test_a_program_runs_on_the_gpu_with_processes_that_couple_ahead(name, tmp_path):
+    folders = ["--output", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    cells = list(published.TABLES[name].cells)[-2:]
+    main([name, "--quick", "--seeds", "0", "1", "--cells", *cells, "--device", "cuda", "--workers", "2", *folders])
+    records = read(tmp_path / published.FILE)
+    assert len(records) == 2 * len(cells)
+    assert {record["device"] for record in records} == {torch.cuda.get_device_name()}
+
+
 def test_a_seed_that_is_missing_is_added(tmp_path):
     arguments = ["checkerboard", "--quick", "--cells", "exact 64", "--output", str(tmp_path), "--runs", str(tmp_path)]
     main([*arguments, "--seeds", "0"])

@@ -23,6 +23,7 @@ from .table import Settings, Table
 __all__ = ["SIDE", "TABLE", "Board", "independent_optimum"]
 
 SIDE = 3.18  # of a square: with it random pairing has the published optimum
+RATE = 1e-3  # of the first step, falling to 0 by half a cosine
 
 COUPLINGS = {
     "independent": Coupling("independent"),
@@ -94,13 +95,15 @@ def run(cell: str, seeds: Sequence[int], settings: Settings, place: Place) -> li
     rows = settings["batch"]
     board = Board(method, min(int(coupled or rows), rows), rows)
     network = Residual(seeds, width=settings["width"]).to(place.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
     steps = settings["steps"]
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def after(done: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 + math.cos(math.pi * done / steps)) / 2
+
     with torch.enable_grad():
-        train(
-            network, optimizer, board, seeds, place, blocks=steps, batch=rows, after=lambda _: schedule.step()
-        )  # fmt: skip
+        train(network, optimizer, board, seeds, place, blocks=steps, batch=rows, after=after)
     fresh = Board(method, board.coupled, rows, TEST)
     total = torch.zeros(len(seeds))
     for number in range(settings["tests"]):
