@@ -177,11 +177,15 @@ def test_a_program_runs_on_the_gpu_with_processes_that_couple_ahead(name, tmp_pa
     assert {record["device"] for record in records} == {torch.cuda.get_device_name()}
 
 
-def test_a_seed_that_is_missing_is_added(tmp_path):
-    arguments = ["checkerboard", "--quick", "--cells", "exact 64", "--output", str(tmp_path), "--runs", str(tmp_path)]
-    main([*arguments, "--seeds", "0"])
-    main([*arguments, "--seeds", "0", "1"])
-    assert [record["seed"] for record in read(tmp_path / published.FILE)] == [0, 1]
+def test_a_seed_that_is_missing_is_added_by_cells_run_together(tmp_path):
+    arguments = ["checkerboard", "--quick", "--output", str(tmp_path), "--runs", str(tmp_path)]
+    main([*arguments, "--cells", "exact 64", "--seeds", "0"])
+    main([*arguments, "--cells", "exact 64", "stable 64", "--seeds", "0", "1", "--together", "2"])
+    records = read(tmp_path / published.FILE)
+    assert sorted((record["cell"], record["seed"]) for record in records) == [
+        *(("exact 64", seed) for seed in (0, 1)),
+        *(("stable 64", seed) for seed in (0, 1)),
+    ]
 
 
 def test_the_page_shows_every_table():

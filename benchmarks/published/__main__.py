@@ -2,14 +2,18 @@
 
 The networks of all seeds of a cell train side by side. A run can be ended at any time: called again it goes on where it
 was, and leaves out what is on record. Processes with other cells or seeds may run beside it. ``python -m
-benchmarks.tables`` makes the page of the records.
+benchmarks.tables`` makes the page of the records. On a machine with a GPU and many cores:
+``python -m benchmarks.published c2ot-toy --device cuda --together 8 --workers 2``.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -90,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="some of its cells (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: as many as were published)")
     parser.add_argument("--device", default="cpu", help="to train on: cpu (default) or cuda")
-    parser.add_argument("--workers", type=int, default=0, help="processes that couple ahead (default: none)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that couple ahead, a cell (default: none)")
+    parser.add_argument("--together", type=int, default=1, help="cells to run at once, in processes (default: 1)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that the program runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/published"), help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
@@ -101,6 +106,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--cells: unknown {', '.join(sorted(unknown))}; there are {', '.join(table.cells)}")
     torch.set_num_threads(1)
     settings = table.quick if arguments.quick else table.settings
+    if arguments.together > 1:
+        given = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "benchmarks.published", *given, "--together", "1", "--cells"]
+        with ThreadPoolExecutor(arguments.together) as pool:
+            done = pool.map(lambda cell: subprocess.run([*command, cell], check=False).returncode, cells)
+            if any(list(done)):
+                sys.exit("a cell failed: see above")
+        return
     for cell in cells:
         measure(table, cell, settings, arguments)
 
