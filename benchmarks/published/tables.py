@@ -20,14 +20,11 @@ def committed() -> list[Record]:
     return [r for r in read(RESULTS / FILE) if r["settings"] == PUBLISHED[r["table"]].settings]
 
 
-def number(value: float) -> str:
-    """Write three decimals, and more of what they would round away."""
-    return f"{value:.{3 if abs(value) >= 0.01 or value == 0 else 5}f}"
-
-
 def spread(mean: float, deviation: float | None) -> str:
-    """Write a mean and, if it is known, its deviation."""
-    return number(mean) + ("" if deviation is None else f" ± {number(deviation)}")
+    """Write a mean and, if it is known, its deviation: to three decimals, or as many as the smaller one needs."""
+    least = min(abs(value) for value in (mean, deviation) if value is not None)
+    decimals = 3 if least >= 0.01 or least == 0 else 4 if least >= 0.001 else 5
+    return " ± ".join(f"{value:.{decimals}f}" for value in (mean, deviation) if value is not None)
 
 
 def comparison(name: str, records: list[Record]) -> str:
