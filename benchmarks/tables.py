@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables
+from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables, training_tables
+from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
@@ -62,6 +63,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **ahead.TABLES,
     **device.TABLES,
     **pools_tables.TABLES,
+    **published_tables.TABLES,
 }
 
 
