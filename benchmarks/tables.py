@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables, training_tables
+from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables
 from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 
