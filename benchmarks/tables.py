@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, ahead, device, distributed, solver_tables, training_tables
+from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables
+from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
@@ -61,6 +62,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **distributed.TABLES,
     **ahead.TABLES,
     **device.TABLES,
+    **pools_tables.TABLES,
+    **published_tables.TABLES,
 }
 
 
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             page.write_text(filled(page.read_text()))
     if arguments.check:
         return int(bool(stale))
-    for module in (solver_tables, training_tables, ablation_tables):
+    for module in (solver_tables, training_tables, ablation_tables, pools_tables):
         module.draw(RESULTS)
     return 0
 

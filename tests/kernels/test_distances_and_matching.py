@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from couplings.kernels import pairs
 from couplings.kernels.greedy import greedy, stable
 from couplings.kernels.l1 import cdist_l1
 from couplings.kernels.pairs import pair_distances
@@ -28,7 +27,7 @@ def test_l1_keeps_its_accuracy_in_high_dimension():
 @pytest.mark.parametrize("kind", ["squared", "absolute", "angular"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pairs_equal_the_entries_of_the_matrix(kind, threads, monkeypatch):
-    monkeypatch.setattr(pairs, "SERIAL", 0)
+    monkeypatch.setattr("couplings.kernels._threads._CHUNK", 1)
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 300, 700)).astype(np.float32)
     index = rng.permutation(300)
