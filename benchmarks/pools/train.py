@@ -64,7 +64,8 @@ class Task:
 
 def images_of(source: Source, device: str) -> Tensor:
     """Read all images, in [-1, 1]."""
-    return torch.cat([to_signed(batch.images.to(device)) for batch in source.scan(5000)])
+    # Scaled on the CPU: a GPU rounds otherwise, and a plan belongs to the bits of its data.
+    return torch.cat([to_signed(batch.images) for batch in source.scan(5000)]).to(device)
 
 
 def prepare(data: str, device: str, folder: Path) -> None:
