@@ -125,14 +125,15 @@ class ConsistencyObjective(Objective):
     def mix(self, data: Tensor, noise: Tensor, draws: Draws) -> Levels:
         """Add the same noise at two neighbouring levels."""
         config = self.config
-        grid = levels(config, intervals(config, draws.step)).to(data.device)
-        generator = draws.generator("time")
+        # Drawn on the host: on a GPU, sums of which the draw needs some are not the same in every run.
+        grid = levels(config, intervals(config, draws.step))
+        generator = draws.generator("time", torch.device("cpu"))
         if config.variant == "ct":
-            index = torch.randint(len(grid) - 1, (len(data),), generator=generator, device=data.device)
+            index = torch.randint(len(grid) - 1, (len(data),), generator=generator)
         else:
             edges = torch.erf((grid.log() - config.level_mean) / (math.sqrt(2) * config.level_std))
             index = torch.multinomial(edges.diff(), len(data), replacement=True, generator=generator)
-        cleaner, noisier = grid[index].float(), grid[index + 1].float()
+        cleaner, noisier = torch.stack([grid[index], grid[index + 1]]).float().to(data.device, non_blocking=True)
         weight = torch.ones_like(noisier) if config.variant == "ct" else 1 / (noisier - cleaner)
         return Levels(data + rows(noisier, data) * noise, data + rows(cleaner, data) * noise, noisier, cleaner, weight)
 

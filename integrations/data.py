@@ -135,6 +135,8 @@ class Images(Source, Dataset[Batch]):
         # that is killed and the loading processes that should end with it.
         context = "fork" if workers and sys.platform == "linux" else None
         options = {"num_workers": workers, "multiprocessing_context": context, "pin_memory": pinned}
+        # A generator of its own: a loader draws from one, and the global one is the network's.
+        options["generator"] = torch.Generator()
         try:
             yield from DataLoader(self, batch_size=None, sampler=self._rows(pieces, seed), **options)
         except DataError as error:
