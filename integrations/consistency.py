@@ -105,6 +105,7 @@ class ConsistencyObjective(Objective):
         """Take the target network, an average of the trained one (``ct``), and the metric."""
         if self.config.variant == "ct":
             self.target = copy.deepcopy(model).requires_grad_(False)
+            self._followed = [list(network.parameters()) for network in (self.target, model)]
         if self.config.loss == "lpips":
             self.lpips = Lpips.pretrained(self.config.lpips_pooling)
 
@@ -118,7 +119,7 @@ class ConsistencyObjective(Objective):
             return
         decay = target_decay(self.config, steps - 1)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(*self._followed, 1 - decay)
             for average, current in zip(self.target.buffers(), model.buffers(), strict=True):
                 average.copy_(current)
 

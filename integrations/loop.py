@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 import couplings
 
@@ -127,9 +127,12 @@ class Run:
             # In place: a wrapper would change the names of the weights.
             for network in (model, *self.objective.networks().values()):
                 network.compile()
-        optimizer = build_optimizer(recipe.optimizer, model)
-        self.learning_rate = build_schedule(recipe, optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.weights = list(model.parameters())
+        self.optimizer = build_optimizer(recipe.optimizer, model)
+        self.learning_rate = build_schedule(recipe, self.optimizer)
+        # The optimizer is used as it is: accelerate's wrapper looks for packages in every step.
+        self.model = self.accelerator.prepare(model)
+        self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
         self.averages.to(self.device)
         self.objective.to(self.device)
         # Couplings over processes exchange in the background: over a process group of their own.
@@ -143,22 +146,25 @@ class Run:
 
     # One step
 
-    def train_step(self, blocks: Iterable[Block]) -> Tensor:
+    def train_step(self, blocks: Sequence[Block]) -> Tensor:
         """Do one optimizer step on blocks of data with the noise that they were paired with; return its mean loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         losses = []
-        for block in blocks:
-            torch.manual_seed(block.draws.address("network"))  # dropout draws from the global generator
-            with self.accelerator.accumulate(self.model):
+        for number, block in enumerate(blocks, 1):
+            block.draws.seed_network()
+            # Gradients add up over the blocks; processes exchange the sum.
+            with nullcontext() if number == len(blocks) else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     loss = self.objective.loss(self.model, block.data, block.noise, block.draws, **block.context).mean()
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.recipe.optimizer.clip is not None:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.scaler.scale(loss / len(blocks)).backward()
             losses.append(loss.detach())
+        if self.recipe.optimizer.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.weights, self.recipe.optimizer.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
         self.averages.follow()
         self.step += 1
         self.objective.after_step(self.bare_model, self.step)
@@ -212,17 +218,16 @@ class Run:
 
     def _check_finite(self) -> None:
         losses, self.losses = self.losses, []
-        largest = torch._foreach_norm(list(self.bare_model.parameters()), torch.inf)
+        largest = torch._foreach_norm(self.weights, torch.inf)
         finite = torch.stack([value.float() for value in largest]).isfinite().all()
         bad = torch.where(finite, torch.inf, float(self.step))[None]
-        scaler = self.accelerator.scaler
-        if scaler is None and losses:
+        if losses and not self.scaler.is_enabled():
             steps = torch.arange(self.step - len(losses) + 1, self.step + 1.0, device=self.device)
             bad = torch.cat([bad, torch.where(torch.stack(losses).isfinite(), torch.inf, steps)])
         # Over all processes, so that they end together.
         step = self.accelerator.gather(bad.min()[None]).min().item()
         # With fp16 a step may overflow: it is skipped and the scale halved, until nothing is left to halve.
-        if scaler is not None and scaler.get_scale() < 1:
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             step = self.step
         if math.isfinite(step):
             intact = checkpoint.steps(self.checkpoints)
@@ -320,8 +325,8 @@ class Run:
         self.bare_model.load_state_dict(found.tensors("model"))
         self.averages.restore({name: found.tensors(name) for name in self.averages.of}, found.state["ema_step"])
         checkpoint.restore_optimizer(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(found.state["scaler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(found.state["scaler"])
         for name, network in self.objective.networks().items():
             network.load_state_dict(found.tensors(name))
         self.step = found.step
@@ -337,7 +342,6 @@ class Run:
         self._check_finite()
         if self.accelerator.is_main_process:
             optimizer, plain = checkpoint.optimizer_state(self.optimizer)
-            scaler = self.accelerator.scaler
             tensors = {
                 "model": self.bare_model.state_dict(),
                 **self.averages.tensors(),
@@ -347,7 +351,7 @@ class Run:
             state = {
                 "ema_step": self.averages.steps,
                 "optimizer": plain,
-                "scaler": scaler.state_dict() if scaler is not None else None,
+                "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             }
             checkpoint.save(self.checkpoints, self.step, tensors, state, {"recipe.yaml": self.recipe.text()})
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_last)
