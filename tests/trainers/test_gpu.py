@@ -28,10 +28,10 @@ def test_an_interrupted_run_resumes_bit_for_bit_on_a_gpu(make, monkeypatch, name
     whole = loop.train(make(name, folder="whole"), progress=False)
     inner = loop.Run.train_step
 
-    def interrupted(self, batches):
+    def interrupted(self, blocks):
         if self.step == 5:
             raise KeyboardInterrupt
-        return inner(self, batches)
+        return inner(self, blocks)
 
     monkeypatch.setattr(loop.Run, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -49,8 +49,9 @@ def test_generated_code_follows_the_plain_network(make):
         assert b[1] == pytest.approx(a[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_copied_from_pinned_memory(make, workers):
-    batch = next(loop.Run(make("ddim-digits", "--data.workers", workers)).batches())
+    run = loop.Run(make("ddim-digits"))
+    batch = next(run.pairs.batches(range(1), workers))
     assert batch.images.is_pinned()
     assert batch.labels.is_pinned()
