@@ -162,7 +162,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
     for weight, values in optimizer.state.items():
         for key, value in values.items():
-            if key != "step" and isinstance(value, Tensor):  # laid out in memory as the weight is, which fused updates need
+            if key != "step" and isinstance(
+                value, Tensor
+            ):  # laid out in memory as the weight is, which fused updates need
                 values[key] = torch.empty_like(weight).copy_(value)
 
 

@@ -416,8 +416,8 @@ class CouplingSection:
     condition: Literal["class"] | None = None
     """``class`` couples within each class only, so that the noise given the class stays Gaussian."""
     window: int = 1
-    """Optimizer steps whose blocks are coupled together, ahead of training: the optimal transport batch is so many times
-    as large."""
+    """Optimizer steps whose blocks are coupled together, ahead of training: the optimal transport batch is that many
+    times as large."""
     options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Options of the method, as ``--coupling.options.reg 0.2``."""
 

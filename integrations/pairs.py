@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from threading import Event
 from typing import Any
 
@@ -168,10 +169,10 @@ class Pairs:
         began = time.perf_counter()
         by_block = [list(column) for column in zip(*loaded, strict=True)]
         # Ordered by block first, so that all processes together have the order of one.
-        pools = [sum(by_block, [])] if self.coupling.scope == "global" else by_block
+        pools = [list(chain(*by_block))] if self.coupling.scope == "global" else by_block
         paired, reductions = zip(*map(self.couple, pools), strict=True)
         ended = time.perf_counter()
-        ordered, reduction = sum(paired, []), torch.stack(reductions).mean()
+        ordered, reduction = list(chain(*paired)), torch.stack(reductions).mean()
         return Window([Step(ordered[i :: len(steps)], reduction) for i in range(len(steps))], began, ended)
 
     def steps(self, first: int, last: int, terminated: Sequence[int] = ()) -> Iterator[Step]:

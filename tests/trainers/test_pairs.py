@@ -87,20 +87,20 @@ def test_the_pool_of_a_window_is_the_blocks_of_its_steps(make):
 def test_a_run_resumes_bit_for_bit_inside_a_window(make, monkeypatch, scope):
     options = ["--coupling.window", "4", "--coupling.scope", scope, "--train.steps", "7", "--train.keep_last", "9"]
     whole = loop.train(make("ddim-digits", *options, "--train.checkpoint_every", "1", folder="whole"), progress=False)
-    inner = loop.Run.train_step
+    inner, stops = loop.Run.train_step, [3, 6]
 
     def interrupted(self, blocks):
-        if self.step in (3, 6) and not resumed:
+        if self.step in stops:
+            stops.remove(self.step)
             raise KeyboardInterrupt
-        resumed.clear()
         return inner(self, blocks)
 
     monkeypatch.setattr(loop.Run, "train_step", interrupted)
-    for resumed in ([], [True]):
+    further = [*options, "--train.checkpoint_every", "3", "--resume", "auto"]
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            loop.train(make("ddim-digits", *options, "--train.checkpoint_every", "3", "--resume", "auto"), progress=False)
-    monkeypatch.setattr(loop.Run, "train_step", inner)
-    assert_same_run(whole, loop.train(make("ddim-digits", *options, "--resume", "auto"), progress=False), 7)
+            loop.train(make("ddim-digits", *further), progress=False)
+    assert_same_run(whole, loop.train(make("ddim-digits", *further), progress=False), 7)
 
 
 def test_a_run_that_is_made_longer_goes_on_as_the_long_one(make):
@@ -137,7 +137,7 @@ def slow_method():
 
     register("slow-identity", slow, marginal="permutation")
     yield "slow-identity"
-    del registry._METHODS["slow-identity"]
+    del registry._registry["slow-identity"]
 
 
 def test_a_coupling_hides_behind_a_step_that_is_longer(make, monkeypatch, slow_method):
@@ -147,7 +147,9 @@ def test_a_coupling_hides_behind_a_step_that_is_longer(make, monkeypatch, slow_m
     def times(patience, folder):
         monkeypatch.setattr(loop.Run, "train_step", lambda self, got: time.sleep(patience) or inner(self, got))
         AcceleratorState._reset_state(reset_partial_state=True)
-        output = loop.train(make("ddim-digits", "--coupling.method", slow_method, *blocks, folder=folder), progress=False)
+        output = loop.train(
+            make("ddim-digits", "--coupling.method", slow_method, *blocks, folder=folder), progress=False
+        )
         return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
     first, *others = times(0.3, "hidden")
