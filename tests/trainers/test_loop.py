@@ -149,6 +149,72 @@ def test_dropout_is_the_same_in_a_resumed_run_and_differs_between_steps(tmp_path
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) >= 4
 
 
+def test_a_resumed_run_keeps_its_weights_and_moments_in_memory_as_asked_for(tmp_path):
+    path = tmp_path / "unet.yaml"
+    path.write_text(UNET)
+    options = {**TINY, "train.channels_last": "true", "train.deterministic": "true", "train.steps": "3"}
+
+    def recipe(folder, *further):
+        shrunk = [argument for field, value in options.items() for argument in (f"--{field}", value)]
+        return config.load([str(path), *shrunk, "--output", str(tmp_path / folder), *further])
+
+    whole = loop.train(recipe("whole"), progress=False)
+    resumed = loop.train(recipe("resumed"), progress=False)
+    shutil.rmtree(resumed / "checkpoints" / "step-3")
+    assert_same_run(whole, loop.train(recipe("resumed", "--resume", "auto"), progress=False), 3)
+
+    run = loop.Run(recipe("resumed", "--resume", "auto"))
+    run.start()
+    run.optimizer.zero_grad()
+    convolutions = [weight for weight in run.weights if weight.ndim == 4 and min(weight.shape) > 1]
+    assert convolutions
+    for weight in convolutions:
+        for kept in (weight, run.optimizer.state[weight]["exp_avg"]):
+            assert kept.is_contiguous(memory_format=torch.channels_last)
+            assert not kept.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("started", "value", "message"),
+    [(True, None, "CUDA has started without it"), (False, ":0:0", "it is ':0:0'"), (True, ":16:8", None)],
+)
+def test_the_same_bits_need_a_setting_before_cuda_starts(make, monkeypatch, started, value, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if value:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    train = make("ddim-digits", "--train.deterministic", "true").train
+    if message is None:
+        build.choose_arithmetic(train)
+        assert torch.are_deterministic_algorithms_enabled()
+        return
+    with pytest.raises(loop.TrainingError, match=f"{message}: set CUBLAS_WORKSPACE_CONFIG=:4096:8 in front"):
+        build.choose_arithmetic(train)
+
+
+def test_fields_of_arithmetic_take_effect_and_contradictions_are_refused(make):
+    build.choose_arithmetic(make("ddim-digits", "--train.tf32", "true", "--train.cudnn_benchmark", "true").train)
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.benchmark
+    build.choose_arithmetic(make("ddim-digits", "--train.tf32", "false").train)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    with pytest.raises(config.RecipeError, match=r"train.cudnn_benchmark: got True, expected false with train.determ"):
+        make("ddim-digits", "--train.deterministic", "true", "--train.cudnn_benchmark", "true")
+
+
+def test_an_operation_that_cannot_repeat_itself_says_what_to_type(make, monkeypatch):
+    def refused(self, blocks):
+        msg = "some_kernel does not have a deterministic implementation, but you set 'torch.use_deterministic_algor'"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(loop.Run, "train_step", refused)
+    message = r"some_kernel does not have a deterministic implementation: train with --train.deterministic false"
+    with pytest.raises(loop.TrainingError, match=message):
+        loop.train(make("ddim-digits", "--train.deterministic", "true"), progress=False)
+
+
 CT = ["--objective.variant", "ct", "--objective.loss", "l2"]
 
 
@@ -445,10 +511,14 @@ def rank(recipe, rank, world, port):
     torch.distributed.destroy_process_group()
 
 
-def train_with_two_processes(recipe, processes):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def train_with_two_processes(recipe, processes):
+    port = free_port()
     children = [processes.Process(target=rank, args=(recipe, i, 2, port)) for i in range(2)]
     for child in children:
         child.start()
@@ -457,11 +527,15 @@ def train_with_two_processes(recipe, processes):
     assert [child.exitcode for child in children] == [0, 0]
 
 
+DDP = ["--train.ddp.bucket_cap_mb", "1", "--train.ddp.broadcast_buffers", "false"]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("flow-matching-digits", ["--coupling.method", "independent", "--data.flip", "true"]),
         ("flow-matching-digits", ["--coupling.scope", "global", "--train.further_ema_decays", "[0.5]"]),
+        ("flow-matching-digits", ["--coupling.scope", "global", "--coupling.window", "3", *DDP]),
         ("consistency-digits", ["--coupling.scope", "global", "--optimizer.lr", "1e-4"]),
         ("stable-diffusion-digits", []),
     ],
@@ -486,6 +560,21 @@ def test_two_processes_in_bfloat16_follow_one_in_float32_within_two_percent(tmp_
     exact, approximate = ([loss for _, loss, *_ in trace(tmp_path / name)] for name in ("one", "two"))
     assert approximate == pytest.approx(exact, rel=0.02)
     assert approximate != exact
+
+
+def test_sigterm_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path, processes):
+    options = ["--train.steps", "100000", "--train.checkpoint_every", "100000", "--coupling.scope", "global"]
+    recipe = tiny("ddim-digits", tmp_path, *options)
+    port = free_port()
+    children = [processes.Process(target=rank, args=(recipe, i, 2, port)) for i in range(2)]
+    for child in children:
+        child.start()
+    wait_for_step(1, children[0], tmp_path)
+    os.kill(children[1].pid, signal.SIGTERM)
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [trace(tmp_path)[-1][0]]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch):
@@ -576,8 +665,16 @@ def test_compiling_traces_the_network_and_does_not_change_the_run(make, monkeypa
     torch._dynamo.reset()
     plain = loop.train(make("flow-matching-digits", folder="plain"), progress=False)
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finish, traced = loop.Run.finish, []
+
+    def counted(self):
+        traced.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        finish(self)
+
+    monkeypatch.setattr(loop.Run, "finish", counted)
     fast = loop.train(make("flow-matching-digits", "--train.compile", "true", folder="fast"), progress=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert traced[0] >= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced[0]  # none for sampling
     for a, b in zip(trace(plain), trace(fast), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert weights(plain, 6).keys() == weights(fast, 6).keys()
