@@ -327,7 +327,7 @@ class StreamedImages(Source):
             pending = reader.submit(next, batches, None)
             while (batch := pending.result()) is not None:
                 pending = reader.submit(next, batches, None)
-                yield batch._replace(images=batch.images.pin_memory()) if pinned else batch
+                yield Batch(batch.images.pin_memory(), batch.labels.pin_memory(), batch.unreadable) if pinned else batch
 
     def _read(self, pieces: Iterable[Piece], seed: int | None, decoders: Executor) -> Iterator[Batch]:
         for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):

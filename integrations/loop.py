@@ -78,7 +78,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         msg = f"cannot read or write {place}: {reason}; checkpoints are intact"
         raise TrainingError(msg) from error
     except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
+        if not (recipe.train.deterministic and "does not have a deterministic implementation" in str(error)):
             raise
         operation = str(error).partition(", but you set")[0]
         msg = f"train.deterministic: got true, but {operation}: train with --train.deterministic false"
@@ -297,7 +297,8 @@ class Run:
 
     def _warm_up(self) -> None:
         """Couple made-up data once: compiling, and imports at first use, would count as time of the first step."""
-        couplings.warmup()
+        with self.accelerator.local_main_process_first():  # the others find on disk what it compiles
+            couplings.warmup()
         rows, number = self.recipe.train.batch_size_per_device, self.accelerator.process_index
         draws = Draws(0, 0, number, self.accelerator.num_processes, self.device)
         made_up = draws.normal(rows * (1 + self.pairs.candidates), *self.objective.shape)
