@@ -128,7 +128,7 @@ class Rows:
             return index
         numbers = []
         for part, z in zip(torch.split(index, _CHUNK_ROWS), torch.split(noise, _CHUNK_ROWS), strict=True):
-            turned = torch.linalg.vecdot(self.take(part % self.count), self.flipped(z) - z) > 0
+            turned = torch.linalg.vecdot(self.take(part % self.count), (self.flipped(z) - z).to(self.dtype)) > 0
             numbers.append(part % self.count + self.count * turned.to(part.device))
         return torch.cat(numbers)
 
