@@ -145,7 +145,9 @@ def _philox(counter: tuple[Tensor | int, Tensor | int, int, int], key: Tensor) -
     four (n,) int64 Tensors
         Words from 0 to 2^32 - 1.
     """
-    a, b, c, d = (torch.as_tensor(word, device=key.device).expand_as(key) for word in counter)
+    # A number is filled in on the device: the host would wait for a copy of it.
+    words = (w if isinstance(w, Tensor) else torch.full((), w, dtype=key.dtype, device=key.device) for w in counter)
+    a, b, c, d = (word.expand_as(key) for word in words)
     low, high = key & _WORD, (key >> 32) & _WORD
     for _ in range(_ROUNDS):
         # int64 products wrap around, which leaves all 64 bits of the unsigned product in place.
