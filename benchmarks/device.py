@@ -392,9 +392,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def part(which: str) -> Iterator[Record]:
         if which == "host":
-            sizes = (64,) if quick else host.SIZES
+            sizes = (64,) if quick else (1024,)
             variants = ("as installed",) if quick else tuple(host.VARIANTS)
-            return iter(host.measure(sizes, 0.01 if quick else 0.1, 60.0, variants))
+            return iter(host.measure(sizes, 0.01 if quick else 0.15, 45.0, variants))
         if which == "calls":
             return calls(device, (32,) if quick else SIZES, 0.01 if quick else 0.5, until(60.0))
         if which == "waits":
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         if which == "steps" and quick:
             return steps(device, (4,), 2, 0.01, until(60.0), channels=(32, 32))
         if which == "steps":
-            return steps(device, (256, 512, 1024), 7, 0.6, until(60.0))
+            return steps(device, (256, 512, 1024), 7, 0.5, until(60.0))
         return dataset(device, 64, 1.0, 64) if quick else dataset(device, 50_000, 40.0)
 
     failed = False

@@ -8,7 +8,7 @@ several batches of the loader, whatever the batch size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -111,8 +111,8 @@ class Pending(Generic[R]):
         if self._finished is not None:
             stream = torch.cuda.current_stream(self._stream.device)  # type: ignore[union-attr]
             stream.wait_event(self._finished)
-            for tensor in self._tensors(result):
-                if isinstance(tensor, Tensor) and tensor.is_cuda:
+            for tensor in _tensors_in(self._tensors(result)):
+                if tensor.is_cuda:
                     tensor.record_stream(stream)
         return result
 
@@ -146,8 +146,8 @@ def submit(coupling: Coupling, data: Array, noise: Array, **conditions: Any) -> 
             pending = start(_over(coupling, background), last)
             _background[group] = (background, pending.thread)
     if device is not None and device.type == "cuda":
-        for tensor in _flattened((data, noise, *conditions.values())):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
+        for tensor in _tensors_in((data, noise, *conditions.values())):
+            if tensor.is_cuda:
                 tensor.record_stream(pending._stream)  # type: ignore[arg-type]  # CUDA devices have one
     return pending
 
@@ -191,12 +191,15 @@ def _applied_over(group: Any, coupled: Coupled[Any]) -> Coupled[Any]:
     return coupled if over is None else replace(coupled, _apply=over(group))
 
 
-def _flattened(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from value
-        else:
-            yield value
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a batch: in tuples, lists, dictionaries and what is iterated over."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(tuple(value.values()))
+    elif isinstance(value, tuple | list | Iterator):
+        for part in value:
+            yield from _tensors_in(part)
 
 
 def lookahead(
@@ -350,7 +353,7 @@ class Lookahead:
         return Pending(
             lambda: self._read_and_couple(batches, number, stopped),
             device=self.device or _current_device(),
-            tensors=lambda window: (noise for _, noise in window.pairs),
+            tensors=lambda window: _tensors_in(window.pairs),
         )
 
     def _read_and_couple(self, batches: Iterator[Any], number: int, stopped: threading.Event) -> _Window:

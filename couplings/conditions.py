@@ -109,11 +109,14 @@ class Blocks:
         Data rows and noise rows of each block, block after block, each in increasing order. On the CPU.
     sizes : (b,) int64 Tensor
         Rows, and columns, of each block.
+    places : (b,) int64 Tensor
+        Where each block's class is among all classes in increasing order.
     """
 
     rows: Tensor
     columns: Tensor
     sizes: Tensor
+    places: Tensor
 
     @classmethod
     def of(cls, classes: Tensor, noise_classes: Tensor | None = None) -> Blocks:
@@ -136,7 +139,7 @@ class Blocks:
         columns = rows
         if noise_classes is not None:
             columns = rank[torch.searchsorted(labels, noise_classes)].argsort(stable=True)
-        return cls(rows, columns, counts[by_size])
+        return cls(rows, columns, counts[by_size], by_size)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -194,6 +197,30 @@ class Blocks:
         starts = torch.tensor(self.ends[:-1]).repeat_interleave(self.sizes)[held]
         columns = self.columns[_ragged(starts, lengths)]
         return matrix[to_device(rows, matrix.device), to_device(columns, matrix.device)]
+
+    def costs_of_sorted(self, matrix: Tensor) -> Tensor:
+        """Take the costs within blocks out of a matrix of all rows and columns, both sorted by class.
+
+        Parameters
+        ----------
+        matrix : (n, n) Tensor
+            On the CPU.
+
+        Returns
+        -------
+        1-d Tensor
+            Block after block, row after row.
+        """
+        counts = torch.empty_like(self.sizes)
+        counts[self.places] = self.sizes
+        starts = (counts.cumsum(0) - counts)[self.places]
+        costs, out, used = matrix.numpy(), torch.empty(int((self.sizes**2).sum()), dtype=matrix.dtype), 0
+        flat = out.numpy()
+        for start, size in zip(starts.tolist(), self.sizes.tolist(), strict=True):
+            block = slice(start, start + size)
+            flat[used : used + size * size].reshape(size, size)[:] = costs[block, block]
+            used += size * size
+        return out
 
     def joined(self, flat: Tensor, held: list[Tensor]) -> Tensor:
         """Put the costs that several ranks hold, concatenated, in the order of the whole.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from couplings import inputs
+from couplings._openmp import one_thread
 from couplings._transfer import to_device, to_host
 from couplings._types import Marginal
 from couplings.assigners.method import Assignment, Method
@@ -183,14 +184,19 @@ class Problem:
                 cost = self._costs_by_group(blocks, shift)
             else:
                 cost = self._all_costs(shift)
-                cost = cost if blocks is None else blocks.costs_of(cost, self.first)
+                if blocks is not None:
+                    cost = blocks.costs_of(cost, self.first)
+                elif late is not None:  # sorted by class, where that takes no time
+                    rows, columns = (late.labels[side].argsort(stable=True) for side in (0, -1))
+                    cost = cost[rows[:, None], columns]
         with stage("conversion"):
             total = _sum(cost) if self.pricing.check_finite else cost.new_zeros(())
             if here:
                 cost, total, *labels = to_host(cost, total, *(() if late is None else late.labels))
                 if late is not None:
-                    late.blocks = blocks = Blocks.of(*labels)
-                    cost = blocks.costs_of(cost, self.first)
+                    with one_thread():
+                        late.blocks = Blocks.of(*labels)
+                    cost = late.blocks.costs_of_sorted(cost)
             return self._checked(cost, total, method)
 
     def _may_shift(self, method: Method) -> bool:
@@ -343,7 +349,8 @@ class Problem:
         assert blocks is not None
         if cost is not None and method.blocks_fn is not None:
             part: Assignment = method.blocks_fn(cost, blocks.sizes, **options)
-            return replace(part, index=blocks.index_of_rows(part.index))
+            with one_thread():
+                return replace(part, index=blocks.index_of_rows(part.index))
         parts, used = [], 0
         for start, size in zip(blocks.ends, blocks.sizes.tolist(), strict=False):
             rows, columns = blocks.rows[start : start + size], blocks.columns[start : start + size]

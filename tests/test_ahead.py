@@ -11,6 +11,7 @@ import torch
 
 import couplings
 from couplings import Coupling, couple, lookahead
+from couplings.ahead import _tensors_in
 
 
 def background_threads():
@@ -230,3 +231,9 @@ def test_the_interpreter_ends_with_work_in_flight():
 def test_a_window_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         lookahead([], Coupling(), window=0)
+
+
+def test_tensors_are_found_wherever_a_batch_keeps_them():
+    tensors = list(torch.arange(5))
+    batch = ({"image": tensors[0], "more": [tensors[1], "text"]}, (tensors[2], None), iter([tensors[3], [tensors[4]]]))
+    assert [int(tensor) for tensor in _tensors_in(batch)] == [0, 1, 2, 3, 4]
