@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -35,13 +36,18 @@ class SemidiscretePairs(Pairs):
     def begin(self, folder: Path, found: Checkpoint | None, accelerator: Accelerator) -> None:
         """Read or fit the plan; a run that goes on reads its copy."""
         kept, given = folder / "plan.safetensors", self.recipe.coupling.options.get("potentials")
-        data, labels = self._whole()
+        latents = folder / "latents.npy" if self.recipe.objective.name == "stable_diffusion" else None
+        if found is None or latents is None:
+            data, labels = self._whole()
         if found is None:
             plan = self._read(Path(str(given)), data) if given is not None else None
             if accelerator.is_main_process:
                 (self._fitted(data, labels) if plan is None else plan).save(kept)
+                if latents is not None:
+                    np.save(latents, data.numpy())
         accelerator.wait_for_everyone()
-        plan = self._read(kept, data)
+        # Latents are kept: encoded again, on a GPU, they may differ in their last digits.
+        plan = self._read(kept, data if latents is None else np.load(latents, mmap_mode="r"))
         batch = self.recipe.train.global_batch_size
         loader = plan.loader(self.source, batch, seed=self.recipe.train.seed, rank=0, world_size=1)
         # Of this epoch, and of the next one if it is loaded ahead.
@@ -100,7 +106,7 @@ class SemidiscretePairs(Pairs):
             progress=sys.stderr.isatty(),
         )
 
-    def _read(self, path: Path, data: Tensor) -> semidiscrete.Semidiscrete:
+    def _read(self, path: Path, data: Tensor | np.ndarray) -> semidiscrete.Semidiscrete:
         field = "coupling.options.potentials"
         try:
             plan = semidiscrete.Semidiscrete.load(path, data, device=self.device)

@@ -330,6 +330,14 @@ def test_mirrored_data_need_not_be_stored_twice(images, mirrored):
     assert (mirrored.potentials - twice.potentials.view(2, 300).mean(0)).abs().mean() < apart + 0.1
 
 
+@pytest.mark.parametrize("data", [drawn(7, 1), drawn(1, 5), drawn(20, 3, 1)], ids=["line", "one row", "no width"])
+def test_rows_without_a_mirror_image_of_their_own(data):
+    noise = drawn(50, *data.shape[1:], seed=9)
+    plan, plain = fit(data, mirrored=True, steps=20), fit(data, steps=20)
+    torch.testing.assert_close(plan.potentials, plain.potentials, rtol=0, atol=1e-4)
+    assert torch.equal(plan.assign(noise) % len(data), plain.assign(noise))
+
+
 def test_flipped_noise_picks_the_mirror_image(mirrored):
     noise = drawn(200, 4, 6, seed=9)
     index = mirrored.assign(noise)

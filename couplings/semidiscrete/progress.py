@@ -61,17 +61,14 @@ class Progress:
         return f"{of_class}step {state.step}: chi^2 {state.chi2:.3g}"
 
     def _expected_end(self) -> float:
-        """Carry on the power of the steps that chi^2 has lately fallen with."""
+        """Carry on the power of the steps that chi^2 has lately fallen with; at first, as one over the steps."""
         step, chi2 = self._measured[-1]
         if chi2 < self._tolerance:
             return max(float(step), 1.0)
         past = [(s, c) for s, c in self._measured if 0 < s <= 0.5 * step and c > chi2]
-        if not past or not math.isfinite(chi2):
-            return float(self._steps)
-        before, chi2_before = past[-1]
-        power = math.log(chi2_before / chi2) / math.log(step / before)
+        power = math.log(past[-1][1] / chi2) / math.log(step / past[-1][0]) if past else 1.0
         times = math.exp(min(math.log(chi2 / self._tolerance) / power, 20.0))
-        return min(step * times, self._steps)
+        return min(max(step, 10) * times, float(self._steps))
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from couplings.inputs import Array
 
 __all__ = ["Copies", "Rows", "hash_rows", "rows_of"]
 
-# Values of a chunk: 8 MB of float32, which stay in the cache while several blocks of noise are held against them.
-_CHUNK_VALUES = 1 << 21
+# Values of a chunk, 16 MB of float32: products of less lose time where threads meet.
+_CHUNK_VALUES = 1 << 22
 _CHUNK_ROWS = 8192
-_CUDA_CHUNKS = 16  # times as large where launches cost more than caches save
+_CUDA_CHUNKS = 8  # times as large, where every product is a launch
 _FREE_MEMORY = 0.5  # of a device, that the rows may fill; larger data is streamed
 
 
@@ -128,7 +128,7 @@ class Rows:
             return index
         numbers = []
         for part, z in zip(torch.split(index, _CHUNK_ROWS), torch.split(noise, _CHUNK_ROWS), strict=True):
-            turned = torch.linalg.vecdot(self.take(part % self.count), self.flipped(z) - z) > 0
+            turned = torch.linalg.vecdot(self.take(part % self.count), (self.flipped(z) - z).to(self.dtype)) > 0
             numbers.append(part % self.count + self.count * turned.to(part.device))
         return torch.cat(numbers)
 

@@ -22,7 +22,7 @@ from couplings.semidiscrete.rows import Rows
 __all__ = ["GROUP", "Search"]
 
 GROUP = 8  # noise rows that are combined
-_NOISE_ROWS = 512  # that meet a chunk at a time
+_NOISE_ROWS = 1024  # that meet a chunk at a time
 _COMBINED = 1 << 27  # scores of combinations that a device holds at a time
 
 
