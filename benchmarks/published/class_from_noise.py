@@ -96,7 +96,7 @@ def cross_entropy(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
 
 @torch.no_grad()
 def run(cell: str, seeds: Sequence[int], settings: Settings, place: Place) -> list[dict[str, float]]:
-    """Train classifiers of the noise and measure their balanced accuracy on noise paired with images they have not seen."""
+    """Train classifiers of the noise and measure them on noise that is paired with images they have not seen."""
     pairing, _, side = cell.partition(" ")
     given = Labelled(_source(settings), pairing, int(side), settings["rows"], settings["held"])
     network = Perceptron((given.side**2, 256, 256, CLASSES), F.relu, seeds).to(place.device)
