@@ -3,10 +3,15 @@
 The source folder is the repository's, so that a link from page to page is the same here and in the repository.
 """
 
-import importlib.metadata
+import logging
+
+import couplings
+
+# A pattern of pages that matches none yet is no error; Sphinx gives this warning no name to suppress it by.
+logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: record.subtype != "empty_glob")
 
 project = "couplings"
-version = release = importlib.metadata.version("couplings")
+version = release = couplings.__version__
 copyright = "the couplings developers"
 
 extensions = [
@@ -26,9 +31,6 @@ include_patterns = [
     "SECURITY.md",
 ]
 exclude_patterns = ["build", "dist", "runs", ".venv", ".git", "**/.*", "**/__pycache__", "couplings", "tests"]
-# What a branch of the pages has not got yet is no error: they are listed by pattern.
-suppress_warnings = ["toc.empty_glob"]
-
 myst_enable_extensions = ["colon_fence", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
 
@@ -46,7 +48,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"couplings {release}"
 html_theme_options = {
     "logo": {"text": "couplings"},
-    "header_links_before_dropdown": 5,
+    "header_links_before_dropdown": 6,
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
     "footer_start": ["copyright"],
