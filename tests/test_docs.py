@@ -160,13 +160,8 @@ def solver():
         f"epsilon divided by {TUNING.epsilon_factor:.0f}",
         f"at least 2^{np.log2(CAP / 4):.0f} of them up to",
         f"Up to {TUNING.dense_entries**0.5:.0f} rows",
-        *(
-            "int16 lower bound",
-            "([Bertsekas 1988]",
-            "([Jonker and Volgenant 1987]",
-            "`gap` is what the total lies above",
-        ),
-        *("relatively: 0 here", "a gap of 0"),
+        *("numbers in float64", "For float32 costs", "int16 lower bound", "relatively: 0 here", "a gap of 0"),
+        *("[Bertsekas 1988]", "[Jonker and Volgenant 1987]"),
     ]
 
 
