@@ -342,6 +342,6 @@ def weight_for_ratio(distances: Tensor, conditions: Tensor, ratio: float) -> Ten
     # Where the conditions agree no weight changes anything: such a pair leaves never, or is out from the start.
     leaves_at = torch.where(conditions > 0, saving / conditions, torch.where(saving >= 0, torch.inf, -torch.inf))
     kept = max(1, round(ratio * distances.numel()))
-    weights = leaves_at.flatten().sort(descending=True).values
+    weights = leaves_at.flatten()
     limit = torch.where(weights.isinf(), 0.0, weights).amax()
-    return weights[kept - 1].minimum(limit).clamp_min(0.0)
+    return weights.kthvalue(weights.numel() - kept + 1).values.minimum(limit).clamp_min(0.0)

@@ -146,15 +146,17 @@ class ConsistencyObjective(Objective):
             teacher = model if self.target is None else self.target
             target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner, **told)
         prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier, **told)
-        difference = (prediction - target).flatten(1)
+        return self.distance(prediction, target) * mixed.weight
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the ``(n,)`` distances of predictions from their targets."""
         if self.lpips is not None:
-            distance = self.lpips(prediction, target)
-        elif self.config.loss == "l2":
-            distance = difference.square().mean(1)
-        else:
-            c = 0.00054 * math.sqrt(difference.shape[1])
-            distance = (difference.square().sum(1) + c**2).sqrt() - c
-        return distance * mixed.weight
+            return self.lpips(prediction, target)
+        difference = (prediction - target).flatten(1)
+        if self.config.loss == "l2":
+            return difference.square().mean(1)
+        c = 0.00054 * math.sqrt(difference.shape[1])
+        return (difference.square().sum(1) + c**2).sqrt() - c
 
     def denoise(self, model: nn.Module, x: Tensor, sigma: Tensor, **told: Tensor) -> Tensor:
         """Return the consistency function of ``x`` at noise level ``sigma`` (n,), in float32."""

@@ -201,11 +201,11 @@ def _solve_small(cost: npt.NDArray[Any], tolerance: float) -> Solution | None:
         return None
     total = _total(cost, index)
     if scale == 0.0:
-        return Solution(index, np.zeros(m), total, total, 0, exact=True)
+        return Solution(index, p, total, total, 0, exact=True)
     bound = math.fsum([*row_min.tolist(), above / scale])
     if not lossless:
         bound = math.nextafter(bound - n / scale, -math.inf)
-    return _solution(index, (p.min() - p) / scale, total, bound, power, 0, optimal=True)
+    return _solution(index, p, total, bound, power, 0, optimal=True)
 
 
 def _certified(cost: npt.NDArray[Any], search: Search) -> Solution:
