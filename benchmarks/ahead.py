@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .record import RESULTS, Record, append, environment, markdown, provenance, read
+from .record import RESULTS, Record, append, environment, markdown, new_page, provenance, read
 
 ARMS = ("independent", "inline", "submit", "lookahead")
 WAITS = (0.02, 0.05, 0.2)
@@ -290,6 +290,14 @@ def costs_table(records: list[Record]) -> str:
     return steps_table(chosen)
 
 
+ABOUT = """
+Records: [ahead.jsonl](ahead.jsonl), by `python -m benchmarks.ahead`; the tables are written from them by
+`python -m benchmarks.tables`. What a training step takes more than the same step with noise as it was drawn, median of
+rounds in which all arms take turns. Several batches are coupled together: *inline* at the first of them, by *submit* or
+*lookahead* behind the steps before. A step that waits sleeps, as if an accelerator worked on it, and the costs are$
+given as if they had been made there.
+"""
+
 TABLES: dict[str, Callable[[], str]] = {
     "ahead-place": lambda: provenance(committed()),
     "ahead-steps": lambda: steps_table(committed()),
@@ -353,6 +361,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments.output.unlink(missing_ok=True)
     for record in records:
         append(arguments.output, record)
+    page = arguments.output.with_suffix(".md")
+    if not page.exists():
+        tables = (("Where", "ahead-place", provenance(records)), ("Steps", "ahead-steps", steps_table(records)))
+        page.write_text(new_page("Coupling ahead of the training step", ABOUT, tables))
     print(f"wrote {arguments.output}")
 
 

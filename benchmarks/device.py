@@ -8,6 +8,7 @@ records are written as they come: ``results/device-NAME.jsonl``, with a page of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 import statistics
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from . import ahead, host
-from .record import PACKAGES, RESULTS, Record, append, environment, markdown, provenance, read
+from .record import PACKAGES, RESULTS, Record, append, environment, markdown, new_page, provenance, read
 
 SIZES = (128, 512, 1024, 2048, 4096, 8192)
 PARTS = ("host", "calls", "waits", "steps", "dataset")
@@ -332,18 +333,17 @@ def committed() -> list[Record]:
     return [record for path in COMMITTED for record in read(path)]
 
 
-def new_page(path: Path) -> str:
-    """Return a page for a record, its tables written."""
-    text = f"# {path.stem}\n\nRecords: [{path.name}]({path.name}), by `python -m benchmarks.device`; "
-    text += "the tables are written from them by\n`python -m benchmarks.tables`.\n"
-    for key, (title, _) in LAYOUTS.items():
-        name = f"{path.stem}-{key}"
-        try:
-            table = _layout(path, key)
-        except (KeyError, StopIteration, ValueError):  # that part did not run
-            continue
-        text += f"\n## {title}\n\n<!-- {name}:begin -->\n{table}\n<!-- {name}:end -->\n"
-    return text
+def page_of(path: Path) -> str:
+    """Return a page for a record, with a table of every part that ran."""
+    about = (
+        f"Records: [{path.name}]({path.name}), by `python -m benchmarks.device`; the tables are written from them by\n"
+        "`python -m benchmarks.tables`. Crops of photographs 3x32x32 against Gaussian noise, float32, on the device."
+    )
+    tables = []
+    for key, (heading, _) in LAYOUTS.items():
+        with contextlib.suppress(KeyError, StopIteration, ValueError):  # where that part did not run
+            tables.append((heading, f"{path.stem}-{key}", _layout(path, key)))
+    return new_page(f"Coupling on a GPU: {read(path)[0]['gpu']['device']}", about, tables)
 
 
 # -- the whole
@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in host.lines([record for record in records if record["task"].startswith("host")]):
         print(line)
     page = path.with_suffix(".md")
-    page.write_text(new_page(path))
+    page.write_text(page_of(path))
     print(page.read_text())
     return int(failed)
 

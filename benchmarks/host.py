@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,9 @@ def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+IN_A_THREAD = "in a new thread"  # as what runs in the background is
+
+
 def _states(cost: Any) -> dict[str, Callable[[], Any]]:
     """Return what happens before a solve; each returns the matrix to solve."""
     flush = np.ones(1 << 25, np.float64)  # 256 MiB
@@ -121,6 +125,10 @@ def _child(folder: Path, n: int, threads: tuple[int, ...], seconds: float, torch
             return cost
 
         ways["after a product of torch", threads[0]] = (after_torch, threads[0])
+        if torch.cuda.is_available():
+            pinned = torch.from_numpy(cost).pin_memory().numpy()
+            ways["in pinned memory", threads[0]] = (lambda: pinned, threads[0])
+    ways[IN_A_THREAD, threads[0]] = (states["hot"], threads[0])
     taken: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     faults: dict[tuple[str, int], list[int]] = {way: [] for way in ways}
     end = time.perf_counter() + seconds * len(ways)
@@ -128,7 +136,12 @@ def _child(folder: Path, n: int, threads: tuple[int, ...], seconds: float, torch
         for way, (prepare, count) in ways.items():
             matrix, before = prepare(), _faults()
             start = time.perf_counter()
-            solution = solve(matrix, threads=count)
+            if way[0] == IN_A_THREAD:
+                worker = threading.Thread(target=solve, args=(matrix,), kwargs={"threads": count})
+                worker.start()
+                worker.join()
+            else:
+                solution = solve(matrix, threads=count)
             taken[way].append(time.perf_counter() - start)
             faults[way].append(_faults() - before)
             if time.perf_counter() > end and all(map(len, taken.values())):
@@ -223,8 +236,6 @@ def _machine() -> dict[str, Any]:
 
 
 def _start_threads() -> None:
-    import threading
-
     for _ in range(100):
         thread = threading.Thread(target=int)
         thread.start()

@@ -70,9 +70,7 @@ class Results:
         self.records = records
         known: dict[str, Any] = {}
         for record in records:
-            train = {name: value for name, value in record["settings"]["train"].items() if name != "seed"}
-            alike = {**record["settings"], "train": train}
-            if known.setdefault(record["objective"], alike) != alike:
+            if known.setdefault(record["objective"], record["settings"]) != record["settings"]:
                 msg = f"{record['objective']} is on record with different settings: delete the older ones"
                 raise ValueError(msg)
         names = ("objective", "pairing", "way", "step", "seed")

@@ -157,8 +157,9 @@ class Blocks:
             For each of `rows`, a column of its block.
         """
         starts = torch.tensor(self.ends[:-1]).repeat_interleave(self.sizes)
-        index = torch.empty_like(self.rows)
-        index[self.rows] = self.columns[starts + within]
+        rows, columns, starts = (to_device(part, within.device) for part in (self.rows, self.columns, starts))
+        index = torch.empty_like(rows)
+        index[rows] = columns[starts + within]
         return index
 
     def held(self, first: int, count: int) -> tuple[Tensor, list[int]]:

@@ -344,16 +344,17 @@ class Problem:
         if cost is not None and method.blocks_fn is not None:
             part: Assignment = method.blocks_fn(cost, blocks.sizes, **options)
             return replace(part, index=blocks.index_of_rows(part.index))
-        parts, used, only = [], 0, torch.zeros(1, dtype=torch.int64)
+        parts, used = [], 0
         for start, size in zip(blocks.ends, blocks.sizes.tolist(), strict=False):
             rows, columns = blocks.rows[start : start + size], blocks.columns[start : start + size]
             block = None if cost is None else cost[used : used + size * size].view(size, size)
             used += size * size
             if size == 1:  # paired with the only noise of its class, whatever the method
-                parts.append(Assignment(only, 0.0))
+                parts.append(Assignment(rows.new_zeros(1), 0.0))
             else:
                 parts.append(self._solve_part(method, block, given, options, rows, columns))
-        index = blocks.index_of_rows(torch.cat(to_host(*(part.index for part in parts))))
+        device = next((part.index.device for part in parts if part.index.device.type != "cpu"), blocks.rows.device)
+        index = blocks.index_of_rows(torch.cat([to_device(part.index, device) for part in parts]))
         slacks = [part.slack for part in parts if part.slack is not None]
         slack = sum(slacks) if len(slacks) == len(parts) else None
         return Assignment(index, slack, next((part.marginal for part in parts if part.marginal is not None), None))

@@ -135,6 +135,8 @@ class Images(Source, Dataset[Batch]):
         # that is killed and the loading processes that should end with it.
         context = "fork" if workers and sys.platform == "linux" else None
         options = {"num_workers": workers, "multiprocessing_context": context, "pin_memory": pinned}
+        # A generator of its own: a loader draws from one, and the global one is the network's.
+        options["generator"] = torch.Generator()
         try:
             yield from DataLoader(self, batch_size=None, sampler=self._rows(pieces, seed), **options)
         except DataError as error:
@@ -325,7 +327,7 @@ class StreamedImages(Source):
             pending = reader.submit(next, batches, None)
             while (batch := pending.result()) is not None:
                 pending = reader.submit(next, batches, None)
-                yield batch._replace(images=batch.images.pin_memory()) if pinned else batch
+                yield Batch(batch.images.pin_memory(), batch.labels.pin_memory(), batch.unreadable) if pinned else batch
 
     def _read(self, pieces: Iterable[Piece], seed: int | None, decoders: Executor) -> Iterator[Batch]:
         for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):

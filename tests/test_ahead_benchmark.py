@@ -44,6 +44,7 @@ def test_arms_are_compared_with_the_first(tmp_path):
     table = ahead.steps_table(records)
     assert table.count("\n") == 3
     assert "| waits 5 ms | 8 | 32 |" in table
+    assert table in (tmp_path / "ahead.md").read_text()
 
 
 def test_the_short_table_has_the_real_steps_and_one_that_waits():

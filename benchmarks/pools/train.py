@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from couplings import couple, semidiscrete
 from integrations import measure
 from integrations.build import build_optimizer, build_schedule
-from integrations.config import Data
+from integrations.config import Data, Recipe
 from integrations.data import Source, load_source, to_signed
 from integrations.models import build_model
 from integrations.randomness import Draws
@@ -63,7 +64,8 @@ class Task:
 
 def images_of(source: Source, device: str) -> Tensor:
     """Read all images, in [-1, 1]."""
-    return torch.cat([to_signed(batch.images.to(device)) for batch in source.scan(5000)])
+    # Scaled on the CPU: a GPU rounds otherwise, and a plan belongs to the bits of its data.
+    return torch.cat([to_signed(batch.images) for batch in source.scan(5000)]).to(device)
 
 
 def prepare(data: str, device: str, folder: Path) -> None:
@@ -88,7 +90,7 @@ def run(task: Task) -> str:
     train = next(iter(study.recipes.values())).train
     keys = {
         (name, seed): {"study": task.study, "objective": name, "pairing": task.pairing, "seed": seed}
-        | {"settings": settings(recipe)}
+        | {"settings": _settings(recipe)}
         for name, recipe in study.recipes.items()
         for seed in task.seeds
     }
@@ -135,6 +137,13 @@ def run(task: Task) -> str:
         distance.zero_()
         began, since = time.perf_counter(), 0
     return f"{train.steps} steps"
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what is the same for all pairings and seeds."""
+    values = settings(recipe)
+    del values["coupling"], values["train"]["seed"]
+    return values
 
 
 class Trainer:

@@ -33,7 +33,8 @@ class PairLoader:
     """What `Semidiscrete.loader` returns: an iterable of ``(batch, noise)``, that can be resumed in the middle.
 
     An epoch is as many noise rows as there is data, each with the data row that it picked. Its noise is a function of
-    the seed and of the number of the epoch; noise row i is ``couplings.noise.normal(seeds, shape)[i]``.
+    the seed and of the number of the epoch; noise row i is ``couplings.noise.normal(seeds, shape)[i]``, on the device
+    where the plan searches.
 
     Attributes
     ----------
@@ -70,7 +71,7 @@ class PairLoader:
                 f"{self.world_size} ranks, got {batch_size}."
             )
             raise ValueError(msg)
-        _ = plan.parts  # refused without data
+        self._device = plan.parts[0].rows.device  # refused without data
         self.plan, self.batch_size = plan, batch_size
         self.dataset: Any = _Mirrored(dataset, mirror or _flipped) if plan.mirrored else dataset
         self.seed, self.balanced, self._options = seed, balanced, options
@@ -92,7 +93,7 @@ class PairLoader:
             **self._options,
         )
         for rows, batch in zip(batches, loader, strict=True):
-            noise = normal(pairs[0][rows], self.plan.shape)
+            noise = normal(pairs[0][rows], self.plan.shape, device=self._device)
             self._handed += 1
             yield batch, noise
         self.epoch, self._handed = self.epoch + 1, 0
@@ -115,7 +116,7 @@ class PairLoader:
             mine = torch.arange(count) if plan.classes is None else rows_of(plan.classes[order], part.label)
             for some in torch.split(mine, _ASSIGNED):
                 classes = None if part.label is None else torch.full((len(some),), part.label)
-                index[some] = plan.assign(normal(seeds[some], plan.shape), classes).cpu()
+                index[some] = plan.assign(normal(seeds[some], plan.shape, device=self._device), classes).cpu()
             if self.balanced:
                 even = balance(part, seeds[mine], index[mine], plan.shape, order)
                 self.moved += int((even % count != index[mine] % count).sum())
@@ -227,7 +228,7 @@ def balance(part: Part, seeds: Tensor, index: Tensor, shape: tuple[int, ...], or
         noise_rows = torch.cat([by_row[int(begins[j]) : int(begins[j] + picks[j])] for j in block])
         spare = len(noise_rows) - len(block)
         data_rows = torch.cat([block, never[free : free + spare]])
-        z = normal(seeds[noise_rows], shape).reshape(len(noise_rows), -1).to(part.rows.device)
+        z = normal(seeds[noise_rows], shape, device=part.rows.device).reshape(len(noise_rows), -1)
         chosen = couple(part.rows.take(place[data_rows]), z, metric=metric).index
         facing = part.rows.facing(place[data_rows].to(z.device), z[chosen]).cpu()
         result[noise_rows[chosen.cpu()]] = part.number(facing, size)

@@ -286,7 +286,7 @@ def test_running_out_of_memory_breaks_nothing(device, little_memory, ahead):
         with pytest.raises(torch.OutOfMemoryError):
             coupling.submit(data, noise).result() if ahead else coupling(data, noise)
         gc.collect()
-        assert torch.cuda.memory_allocated() <= held
+        assert torch.cuda.memory_allocated() <= held + 2**27  # what cuBLAS keeps; the cost takes eight times as much
         assert torch.equal(coupling(*small).index, expected.index)
         assert torch.equal(coupling.submit(*small).result().noise, expected.noise)
 

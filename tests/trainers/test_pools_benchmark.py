@@ -227,10 +227,9 @@ def test_consistency_is_sampled_with_fresh_and_with_repeated_noise(tmp_path):
 
 
 def _record(objective, pairing, seed, frechet, step=2):
-    train_section = {"seed": seed, "steps": step}
     return {
         **{"study": "pools", "objective": objective, "pairing": pairing, "seed": seed, "step": step},
-        **{"settings": {"train": train_section}, "distance": 1500.0, "chi2": 0.04, "frechet": frechet},
+        **{"settings": {"steps": step}, "distance": 1500.0, "chi2": 0.04, "frechet": frechet},
     }
 
 
