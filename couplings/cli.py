@@ -245,6 +245,7 @@ def doctor(
     """Show what is installed and compiled, how fast this machine couples, and what to write in a training loop."""
     from couplings.doctor import lines, report
 
+    _check_device(device)
     found = report(batch, tuple(shape), device, step)
     if as_json:
         return _print_json(found)
