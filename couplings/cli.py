@@ -243,10 +243,13 @@ def doctor(
     as_json: Json = False,
 ) -> int:
     """Show what is installed and compiled, how fast this machine couples, and what to write in a training loop."""
+    from rich.console import Console
+
     from couplings.doctor import lines, report
 
     _check_device(device)
-    found = report(batch, tuple(shape), device, step)
+    with Console(stderr=True).status("compiling what is not in the cache, and measuring"):
+        found = report(batch, tuple(shape), device, step)
     if as_json:
         return _print_json(found)
     print("\n".join(lines(found)))
