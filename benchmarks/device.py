@@ -26,7 +26,7 @@ from . import ahead, host
 from .record import PACKAGES, RESULTS, Record, append, environment, markdown, new_page, provenance, read
 
 SIZES = (128, 512, 1024, 2048, 4096, 8192)
-PARTS = ("host", "calls", "waits", "steps", "dataset")
+PARTS = ("calls", "waits", "steps", "dataset", "host")
 COPY = "conversion"  # the stage in which costs are copied to the host
 
 
@@ -73,7 +73,7 @@ def _calls(data: Any, noise: Any) -> dict[str, tuple[Callable[[], Any], int]]:
         "couple, sinkhorn": (partial(couple, data, noise, "sinkhorn"), 4096),
         "couple, sliced": (partial(couple, data, noise, "sliced"), 1 << 20),
         "couple, independent": (partial(couple, data, noise, "independent"), 1 << 20),
-        "cdist + scipy": (partial(_trainer, data, noise), 2048),
+        "cdist + scipy": (partial(_trainer, data, noise), 1024),
         "TorchCFM": (partial(_torchcfm, data, noise), 1024),
     }
     return bound
@@ -105,7 +105,7 @@ def calls(device: Any, sizes: tuple[int, ...], seconds: float, end: float) -> It
                 taken.append(timer() - start)
             if name.startswith("couple"):
                 parts = []
-                for _ in range(min(5, len(taken))):
+                for _ in range(min(3, len(taken))):
                     with recorded(timer) as spent:
                         call()
                     parts.append(spent.seconds)
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         if which == "host":
             sizes = (64,) if quick else host.SIZES
             variants = ("as installed",) if quick else tuple(host.VARIANTS)
-            return iter(host.measure(sizes, 0.01 if quick else 0.15, 60.0, variants))
+            return iter(host.measure(sizes, 0.01 if quick else 0.1, 60.0, variants))
         if which == "calls":
             return calls(device, (32,) if quick else SIZES, 0.01 if quick else 0.5, until(60.0))
         if which == "waits":

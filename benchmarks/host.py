@@ -24,7 +24,7 @@ import numpy as np
 
 from .record import RESULTS, ROOT, Record, append, environment
 
-SIZES = (1024, 4096)
+SIZES = (4096, 1024)
 THREADS = (1, 2, 4, 8, 16)
 HEAP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 

@@ -238,7 +238,7 @@ def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: in
         "gradients": trained,
         "optimizer": 2 * trained,
         f"averages ({averages})": whole * averages,
-        "batches, costs": 4 * (2 * (rows + noises) * values + rows * noises),  # of the present and the next window
+        "batch, costs": 4 * (2 * (rows + noises) * values + rows * noises),  # of the present and the next window
     }
     if processes > 1:
         pieces["DDP buckets"] = trained

@@ -11,10 +11,6 @@ import torch
 from couplings.persistent import Pairs
 from couplings.semidiscrete import Semidiscrete, ascent, fit, rows, search
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 logger = logging.getLogger(__name__)
 CUDA = torch.device("cuda")
 

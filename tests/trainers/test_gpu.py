@@ -147,8 +147,8 @@ def test_a_step_does_not_wait_for_the_device(make, name):
     run.train_step(next(steps).blocks)
     run.train_step(next(steps).blocks)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for step in steps:
             run.train_step(step.blocks)
     finally:

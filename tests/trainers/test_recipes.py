@@ -240,8 +240,8 @@ def test_the_memory_of_a_plan_is_arithmetic_on_the_parameters():
     text = plan(config.load([*argv, "--plan"]), argv)
     parameters = int(re.search(r"parameters +([\d,]+)", text)[1].replace(",", ""))
     pieces = {name.strip(): float(size) for name, size in re.findall(r"^  (.*?)([\d.]+) MiB$", text, re.MULTILINE)}
-    assert list(pieces) == ["weights", "gradients", "optimizer", "averages (1)", "batches, costs"]
-    sizes = [4 * parameters, 4 * parameters, 8 * parameters, 4 * parameters, 4 * 64 * (64 + 64 + 64)]
+    assert list(pieces) == ["weights", "gradients", "optimizer", "averages (1)", "batch, costs"]
+    sizes = [4 * parameters, 4 * parameters, 8 * parameters, 4 * parameters, 4 * 64 * (2 * (64 + 64) + 64)]
     assert [size * 2**20 for size in pieces.values()] == pytest.approx(sizes, abs=0.05 * 2**20)
     assert text.endswith("launch         python -m integrations.train " + " ".join(argv))
     further = ["--train.further_ema_decays", "[0.5]", "--launch.config", "cpu-2", "--train.batch_size_per_device", "32"]
