@@ -109,8 +109,12 @@ def build_coupling(recipe: Recipe, group: ProcessGroup | None = None) -> Couplin
         For an unknown name or option.
     """
     section, over = recipe.coupling, {} if group is None else {"group": group}
+    # What a batch is coupled by where the pairs are made from the whole dataset: see `dataset_pairs`.
+    method, options = {"semidiscrete": ("independent", {}), "persistent": ("auction", {})}.get(
+        section.method, (section.method, section.options)
+    )
     try:
-        return Coupling(section.method, section.metric, section.quantize, section.scope, **section.options, **over)
+        return Coupling(method, section.metric, section.quantize, section.scope, **options, **over)
     except (ValueError, TypeError) as error:
         msg = f"coupling: {error}"
         raise RecipeError(msg) from None

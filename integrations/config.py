@@ -400,12 +400,22 @@ class Optimizer:
         _at_least(0, "optimizer", self, "warmup_steps")
 
 
+DATASET_METHODS = {
+    "semidiscrete": {"potentials": "the path of a plan, or null", "tolerance": "a number above 0"},
+    "persistent": {"seeds": "a whole number of at least 1"},
+}
+"""Methods that look beyond the batch, and what their options should be."""
+
+
 @dataclass
 class CouplingSection:
     """Which noise each data row gets (see ``couplings methods``)."""
 
     method: str = "auction"
-    """Name of the pairing method; ``independent`` is the baseline."""
+    """Name of the pairing method; ``independent`` is the baseline. ``semidiscrete``: noise picks its row in the whole
+    dataset, by the plan of ``coupling.options.potentials`` (what ``couplings fit`` writes) or one that is fitted when
+    the run begins, to ``coupling.options.tolerance``. ``persistent``: noise of ``coupling.options.seeds`` seeds stays
+    with each row, and is coupled again in every batch."""
     metric: str = "sqeuclidean"
     """Distance that the pairing minimises."""
     quantize: str | None = None
@@ -423,6 +433,23 @@ class CouplingSection:
 
     def __post_init__(self) -> None:
         _at_least(1, "coupling", self, "window")
+        if self.method not in DATASET_METHODS:
+            return
+        known = DATASET_METHODS[self.method]
+        for name, value in self.options.items():
+            expect(name in known, f"coupling.options.{name}", value, f"only {' and '.join(known)} for {self.method}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = {
+                "potentials": value is None or isinstance(value, str),
+                "tolerance": number and value > 0,
+                "seeds": number and value >= 1 and value == int(value),
+            }
+            expect(fits[name], f"coupling.options.{name}", value, known[name])
+        expect(self.scope == "local", "coupling.scope", self.scope, f"local for coupling.method = {self.method}")
+        expect(self.window == 1, "coupling.window", self.window, f"1 for coupling.method = {self.method}")
+        if self.method == "semidiscrete":  # its plans are for this distance
+            expect(self.metric == "sqeuclidean", "coupling.metric", self.metric, "sqeuclidean for semidiscrete")
+            expect(self.quantize is None, "coupling.quantize", self.quantize, "null for semidiscrete")
 
 
 @dataclass
@@ -580,6 +607,9 @@ class Recipe:
         expect(told, "model.classes", classes, f"null for {objective.name}")
         saves = not self.train.gradient_checkpointing or isinstance(model, Unet | Adm | ConditionUnet)
         expect(saves, "train.gradient_checkpointing", True, f"false for model.name = {model.name}")
+        method = self.coupling.method
+        numbered = method not in DATASET_METHODS or not self.data.streaming
+        expect(numbered, "data.streaming", True, f"false for coupling.method = {method}, which needs rows by number")
         kept = [None, self.train.ema_decay, *self.train.further_ema_decays]
         expect(self.evaluate.ema_decay in kept, "evaluate.ema_decay", self.evaluate.ema_decay, f"one of {kept}")
 

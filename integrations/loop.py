@@ -37,6 +37,7 @@ from .build import (
 )
 from .config import Recipe, RecipeError
 from .data import Source, load_source
+from .dataset_pairs import KINDS
 from .models import build_model
 from .objective import Objective
 from .pairs import Block, Pairs
@@ -139,7 +140,8 @@ class Run:
         group = torch.distributed.new_group(backend="gloo") if coupling.scope == "global" and processes > 1 else None
         coupling = build_coupling(recipe, group)
         blocks = range(first, first + accumulation)
-        self.pairs = Pairs(recipe, self.source, self.objective, coupling, self.device, blocks, total_blocks)
+        kind = KINDS.get(recipe.coupling.method, Pairs)
+        self.pairs = kind(recipe, self.source, self.objective, coupling, self.device, blocks, total_blocks)
         self.ends = termination.Agreement(processes)
         self.step = 0
         self.losses: list[Tensor] = []  # since they were last looked at: looking at every one would stall a GPU
@@ -267,6 +269,7 @@ class Run:
             (output / "recipe.yaml").write_text(self.recipe.text())
             _truncate(output / "metrics.jsonl", self.step)
         self.accelerator.wait_for_everyone()
+        self.pairs.begin(output, found, self.accelerator)
         self._warm_up()
         if self.recipe.train.tracker:
             # TensorBoard takes the name as a folder of the output, others as a project.
@@ -347,6 +350,7 @@ class Run:
                 "model": self.bare_model.state_dict(),
                 **self.averages.tensors(),
                 "optimizer": optimizer,
+                **self.pairs.tensors(self.step),
                 **{name: network.state_dict() for name, network in self.objective.networks().items()},
             }
             state = {

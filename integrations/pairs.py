@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from couplings import Coupling
+from couplings import Coupled, Coupling
 from couplings.ahead import Pending
 
 from .build import candidates
+from .checkpoint import Checkpoint
 from .config import Recipe
-from .data import Batch, Pieces, Source, to_signed
+from .data import Batch, Piece, Pieces, Source, to_signed
 from .objective import Objective
 from .randomness import Draws
 
@@ -83,8 +86,8 @@ class Window:
 class Pairs:
     """The pairs of data and noise that a process trains on.
 
-    `batches` chooses the rows of data, `load` draws their noise, `couple` decides which row gets which: another way to
-    make pairs overrides these three. All else is when and where they run.
+    `batches` chooses the rows of data, `draw` their noise, `couple` decides which row gets which: another way to make
+    pairs overrides these three. All else is when and where they run.
 
     Parameters
     ----------
@@ -121,7 +124,21 @@ class Pairs:
         # One stream for the whole run: the allocator keeps memory for every stream that it has seen.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def begin(self, folder: Path, found: Checkpoint | None, accelerator: Accelerator) -> None:
+        """Get ready in the folder of a run that begins, or goes on from a checkpoint; collective."""
+
+    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint before ``step`` must hold to make the same pairs again."""
+        return {}
+
     # Choosing, loading and coupling
+
+    def piece(self, step: int, number: int) -> Piece:
+        """Return where in its epoch a block of a step lies."""
+        train = self.recipe.train
+        rows, blocks, steps = len(self.source), range(number, number + 1), range(step, step + 1)
+        [piece] = Pieces(rows, train.global_batch_size, train.batch_size_per_device, blocks, steps)
+        return piece
 
     def batches(self, steps: range, workers: int) -> Iterator[Batch]:
         """Choose the rows of each block of some steps, and yield them, loaded by ``workers`` processes."""
@@ -136,25 +153,41 @@ class Pairs:
             log.warning("unreadable image replaced by its neighbour: %s", message)
         draws = Draws(self.recipe.train.seed, step, number, self.total_blocks, self.device)
         images = to_signed(batch.images.to(self.device, non_blocking=True))
-        if self.recipe.data.flip:
-            mirrored = torch.rand(len(images), generator=draws.generator("augment"), device=self.device) < 0.5
+        mirrored = self.mirrored(draws, len(images))
+        if mirrored is not None:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         labels = batch.labels.to(self.device, non_blocking=True)
         data, context = self.objective.prepare(images, labels, draws)
-        noise = draws.normal(len(data) * self.candidates, *data.shape[1:])
-        return Block(data, noise, draws, {"labels": labels, **context})
+        return Block(data, self.draw(draws, data, mirrored), draws, {"labels": labels, **context})
+
+    def mirrored(self, draws: Draws, rows: int) -> Tensor | None:
+        """Choose which rows of a block are mirrored, ``(rows,)``; None if the recipe mirrors none."""
+        if not self.recipe.data.flip:
+            return None
+        return torch.rand(rows, generator=draws.generator("augment"), device=self.device) < 0.5
+
+    def draw(self, draws: Draws, data: Tensor, mirrored: Tensor | None) -> Tensor:
+        """Draw the noise of a block, still unpaired."""
+        return draws.normal(len(data) * self.candidates, *data.shape[1:])
 
     def couple(self, blocks: list[Block]) -> tuple[list[Block], Tensor]:
         """Pair the noise of some blocks with their data, all as one; also return the distance reduction."""
+        coupled = self.coupled(blocks)
+        return self.divided(blocks, coupled.noise), torch.as_tensor(coupled.reduction)
+
+    def coupled(self, blocks: list[Block]) -> Coupled[Tensor]:
+        """Couple the data of some blocks with their noise."""
         data, noise = _joined([block.data for block in blocks]), _joined([block.noise for block in blocks])
         condition = None
         if self.recipe.coupling.condition == "class":
             condition = _joined([block.context["labels"] for block in blocks])
         generator = blocks[0].draws.generator("coupling", torch.device("cpu"))
-        coupled = self.coupling(data, noise, condition=condition, generator=generator)
-        noises = coupled.noise.split([len(block.data) for block in blocks])
-        paired = [dataclasses.replace(block, noise=noise) for block, noise in zip(blocks, noises, strict=True)]
-        return paired, torch.as_tensor(coupled.reduction)
+        return self.coupling(data, noise, condition=condition, generator=generator)
+
+    def divided(self, blocks: list[Block], noise: Tensor) -> list[Block]:
+        """Give the rows of noise to the blocks whose data they were coupled with."""
+        noises = noise.split([len(block.data) for block in blocks])
+        return [dataclasses.replace(block, noise=own) for block, own in zip(blocks, noises, strict=True)]
 
     # One window ahead
 

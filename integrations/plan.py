@@ -82,7 +82,9 @@ def plan(recipe: Recipe, argv: list[str]) -> str:
         "global batch": f"{batch} rows a step",
         "device batch": f"{rows} rows at once: {batch} = {rows} x {processes} x {accumulation} "
         "(rows at once x processes x accumulated)",
-        "OT batch": f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, "
+        "OT batch": "the whole dataset, by a plan that is read or fitted when the run begins"
+        if section.method == "semidiscrete"
+        else f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, "
         f"{section.metric}{rounded}",
         "steps": f"{train.steps:,} = {epochs}",
         "coupling": _coupling(recipe, objective.shape, accumulation),
@@ -207,6 +209,8 @@ def coupled_rows(recipe: Recipe) -> int:
 
 def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats: int = 5) -> str:
     """Measure the coupling of one step on this machine's processor."""
+    if recipe.coupling.method == "semidiscrete":
+        return "nothing in a step: the pairs of an epoch are made at its beginning"
     pooled, rows = recipe.coupling.scope == "global", coupled_rows(recipe)
     alone = dataclasses.replace(recipe, coupling=dataclasses.replace(recipe.coupling, scope="local"))
     coupling, generator = build_coupling(alone), torch.Generator().manual_seed(0)

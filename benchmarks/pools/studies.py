@@ -136,11 +136,15 @@ class Alike(ConsistencyObjective):
 
 
 class Consistency(Study):
-    """Consistency training, to see what decides whether coupling helps."""
+    """Consistency training, to see what decides whether coupling helps.
+
+    As published, but for the levels: 2 to 20 intervals. With the 150 of the paper's 800,000 steps, what the cleanest
+    levels know does not reach the noisiest in a few thousand.
+    """
 
     name = "consistency"
     variants = {  # noqa: RUF012
-        "ct": ("consistency.yaml", *_overrides(variant="ct", loss="l2", s0="2", s1="150")),
+        "ct": ("consistency.yaml", *_overrides(variant="ct", loss="l2", s0="2", s1="20")),
         "ict": ("consistency.yaml",),
         "ict-levels": ("consistency.yaml", *_overrides(level_mean="1.0")),
         "ict-weights": ("consistency.yaml",),
