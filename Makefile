@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-library test-trainers lint setup clean
+.PHONY: demo docs test test-library test-trainers lint setup clean
 
 setup: .venv/.done
 
@@ -28,6 +28,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/docs/docs/index.html; every warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -c docs -b html -W --keep-going -q . build/docs
 
 clean:
 	rm -rf .venv build dist runs

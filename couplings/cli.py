@@ -124,6 +124,14 @@ def _numbers(text: str) -> List:
     return List(map(int, parts))
 
 
+def _sizes(text: str) -> List:
+    parts = text.split("x")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        msg = f"expected sizes such as 3x32x32, got {text!r}"
+        raise typer.BadParameter(msg)
+    return List(map(int, parts))
+
+
 def _seeds(text: str) -> List:
     seeds = _numbers(text)
     if seeds == [0]:
@@ -223,6 +231,28 @@ def env(as_json: Json = False) -> int:
     from couplings.ablation.tables import environment_lines
 
     print("\n".join(environment_lines(described)))
+    return 0
+
+
+@app.command()
+def doctor(
+    batch: Annotated[int, _option("ROWS", "Rows of a batch on one device.", min=1)] = 256,
+    shape: Annotated[List, _option("SIZES", "Of a row.", parser=_sizes)] = "3x32x32",  # type: ignore[assignment]
+    device: Device = "cpu",
+    step: Annotated[float, _option("MS", "Milliseconds of your training step.", min=1.0)] = 100.0,
+    as_json: Json = False,
+) -> int:
+    """Show what is installed and compiled, how fast this machine couples, and what to write in a training loop."""
+    from rich.console import Console
+
+    from couplings.doctor import lines, report
+
+    _check_device(device)
+    with Console(stderr=True).status("compiling what is not in the cache, and measuring"):
+        found = report(batch, tuple(shape), device, step)
+    if as_json:
+        return _print_json(found)
+    print("\n".join(lines(found)))
     return 0
 
 
