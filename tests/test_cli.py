@@ -346,6 +346,18 @@ def test_third_party_methods_are_compared_as_any_other_and_cannot_spoil_the_json
     assert "[red]broken[/]" in listed
 
 
+def test_a_promise_that_is_broken_is_said_beside_its_row(capsys):
+    couplings.register("closest", lambda cost, *, generator=None: cost.argmin(1), marginal="resampled")
+    try:
+        code, table, _ = run(capsys, "compare -n 64 --repeats 1 --methods auction,closest")
+    finally:
+        del registry._registry["closest"]
+    assert code == 0
+    assert "resampled: broken" in table
+    assert "closest: declares 'resampled', but moved the" in table
+    assert "auction: declares" not in table
+
+
 # --- methods, env
 
 

@@ -69,7 +69,7 @@ def check_method(
     *,
     marginal: Marginal | None = None,
     skip: Iterable[str] = (),
-    examples: int = 25,
+    examples: int = 10,
     **options: Any,
 ) -> list[str]:
     """Run the property tests that built-in methods pass.
