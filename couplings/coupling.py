@@ -148,7 +148,8 @@ class Coupling:
     Parameters
     ----------
     method : str or callable
-        A name or an alias from `couplings.methods()`, or ``fn(cost, *, generator=None) -> (n,) index``.
+        A name or an alias from `couplings.methods()`, ``"package.module:function"``, or
+        ``fn(cost, *, generator=None) -> (n,) index``.
     metric : str or callable
         A name from `couplings.metrics()`, or ``fn(data, noise) -> (n, m) cost`` on flattened operands; ``+inf`` in it
         forbids a pair.
