@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "ROOT", "Records", "append", "environment", "markdown", "provenance", "read"]
+__all__ = ["RESULTS", "ROOT", "Records", "append", "environment", "markdown", "new_page", "provenance", "read"]
 
 Record = dict[str, Any]
 
@@ -168,3 +168,17 @@ def provenance(records: Iterable[Record]) -> str:
         ],
     }
     return markdown(["", ""], [[name, ", ".join(sorted(set(values)))] for name, values in every.items()])
+
+
+def new_page(title: str, about: str, tables: Iterable[tuple[str, str, str]]) -> str:
+    """Return a page to begin with: what was measured, and its tables, which `benchmarks.tables` keeps up to date.
+
+    Parameters
+    ----------
+    title, about : str
+    tables : iterable of (heading, name, table)
+    """
+    parts = [f"# {title}", about.strip()]
+    for heading, name, table in tables:
+        parts.append(f"## {heading}\n\n<!-- {name}:begin -->\n{table}\n<!-- {name}:end -->")
+    return "\n\n".join(parts) + "\n"

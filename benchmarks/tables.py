@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, distributed, solver_tables, training_tables
+from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables
+from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
@@ -30,6 +31,11 @@ def methods_table() -> str:
             for info in couplings.methods()
         ],
     )
+
+
+def costs_table() -> str:
+    """Lay out what coupling adds to a training step, on the processors that are on record."""
+    return ahead.costs_table([*ahead.committed(), *device.committed()])
 
 
 def demo_table() -> str:
@@ -49,10 +55,15 @@ def demo_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "methods": methods_table,
     "demo": demo_table,
+    "costs": costs_table,
     **solver_tables.TABLES,
     **training_tables.TABLES,
     **ablation_tables.TABLES,
     **distributed.TABLES,
+    **ahead.TABLES,
+    **device.TABLES,
+    **pools_tables.TABLES,
+    **published_tables.TABLES,
 }
 
 
@@ -78,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             page.write_text(filled(page.read_text()))
     if arguments.check:
         return int(bool(stale))
-    for module in (solver_tables, training_tables, ablation_tables):
+    for module in (solver_tables, training_tables, ablation_tables, pools_tables):
         module.draw(RESULTS)
     return 0
 

@@ -29,6 +29,7 @@ from .instances import Instance
 __all__ = ["Worker", "certified_bound", "judge", "timed"]
 
 PREPARE = 600.0  # seconds for imports, compilation and the instance
+LOOP = 0.01  # seconds of short calls that are timed together
 
 
 class Worker(Child):
@@ -134,11 +135,23 @@ def _quiet() -> Any:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return seconds that a call took, and its answer; a call that returns a float timed itself."""
+    """Return seconds that a call took, and its answer; a call that returns a float timed itself.
+
+    Of a short call, the mean of as many as take `LOOP` seconds, as `timeit` does: the first one after a pause would
+    time how long a core, its clock and its caches take to wake up.
+    """
     start = time.perf_counter()
     answer = call()
     seconds = time.perf_counter() - start
-    return (answer, None) if isinstance(answer, float) else (seconds, answer)
+    if isinstance(answer, float):
+        return answer, None
+    loops = int(LOOP / seconds)
+    if loops > 1:
+        start = time.perf_counter()
+        for _ in range(loops):
+            call()
+        seconds = (time.perf_counter() - start) / loops
+    return seconds, answer
 
 
 def _measured(call: Callable[[], Any]) -> tuple[float, Any, int | None]:

@@ -32,7 +32,7 @@ __all__ = [
     "warmup",
 ]
 
-_SUBMODULES = ("diagnostics", "noise", "semidiscrete", "testing")
+_SUBMODULES = ("diagnostics", "noise", "persistent", "semidiscrete", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -60,7 +61,7 @@ class Pending(Generic[R]):
         self._stream: torch.cuda.Stream | None = None
         self._finished: torch.cuda.Event | None = None
         if device is not None and device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = _side_stream(torch.cuda.current_stream(device).device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
         self.thread = threading.Thread(target=self._run, name="couplings-ahead")
         self.thread.start()
@@ -114,6 +115,12 @@ class Pending(Generic[R]):
                 if isinstance(tensor, Tensor) and tensor.is_cuda:
                     tensor.record_stream(stream)
         return result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU that all background work runs on: cuBLAS keeps tens of megabytes for each."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def submit(coupling: Coupling, data: Array, noise: Array, **conditions: Any) -> Pending[Coupled[Any]]:
@@ -362,13 +369,14 @@ class Lookahead:
         seed = int(np.random.SeedSequence([self.seed, self._epoch, number]).generate_state(1, np.uint64)[0] >> 1)
         device = data[0].device
         generator = torch.Generator(device).manual_seed(seed)
+        choices = torch.Generator().manual_seed(seed)  # of methods that draw, the same on every device
         drawn = [self._draw(part, generator) for part in data]
         conditions = None if self._condition is None else [self._condition(batch) for batch in read]
         noise: list[Tensor | None] = [None] * len(read)
         for alike in _grouped(data):
             together = None if conditions is None else _joined([conditions[k] for k in alike])
             pool, source = torch.cat([data[k] for k in alike]), torch.cat([drawn[k] for k in alike])
-            coupled = self.coupling(pool, source, condition=together, generator=generator)
+            coupled = self.coupling(pool, source, condition=together, generator=choices)
             for k, part in zip(alike, torch.split(coupled.noise, [len(data[k]) for k in alike]), strict=True):
                 noise[k] = part
         return _Window(list(zip(read, noise, strict=True)), state, exhausted)

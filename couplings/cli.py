@@ -1,4 +1,4 @@
-"""The `couplings` command: list methods, describe the machine, couple two files, compare, ablate and report."""
+"""The `couplings` command: list methods, describe the machine, couple files and datasets, compare, report."""
 
 from __future__ import annotations
 
@@ -153,6 +153,8 @@ _ARRAY = "An array: .npy, .npz, .pt or .safetensors; FILE:key where a file holds
 _METRICS = ", ".join(couplings.metrics())
 _QUANTIZERS = ", ".join(["none", *couplings.quantizers()])
 
+_DATASET = "A .npy file (it stays on disk), .npz, .pt, .safetensors, or a folder of idx files; bytes are images."
+
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and no table.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Repeats = Annotated[int, _option("N", "Timed calls, fewer beyond ten seconds.", min=1)]
@@ -240,6 +242,85 @@ def couple(
     print(f"marginal   {coupled.marginal}")
     print(f"written    {output} ({'noise' if output.suffix.lower() == '.npy' else ', '.join(arrays)})")
     return 0
+
+
+@app.command()
+def fit(
+    data: Annotated[str, _argument("DATA", _DATASET)],
+    output: Annotated[Path, _option("PLAN", "File for the plan, such as plan.safetensors.", "-o", "--output")],
+    force: Force = False,
+    classes: Annotated[str | None, _option("FILE", "(N,) integers, or the folder: noise picks in its class.")] = None,
+    mirrored: Annotated[bool, typer.Option("--mirrored", help="Each row counts flipped as well.")] = False,
+    batch_size: Annotated[int, _option("ROWS", "Noise rows of a step.", min=1)] = 1024,
+    steps: Annotated[int | None, _option("N", "To end at, for each class; by default 3000.", min=1)] = None,
+    tolerance: Annotated[float, _option("X", "Of chi^2, below which it ends.")] = 0.05,
+    seed: Annotated[int, _option("N", "Of the noise.", min=0)] = 0,
+    device: Annotated[str | None, _option("NAME", "Where to compute, such as cuda.")] = None,
+    checkpoint: Annotated[Path | None, _option("FILE", "Keep the state there; go on from it if it exists.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Couple noise with a whole dataset: find which row each noise should train with, and write that as a plan."""
+    from rich.console import Console
+
+    from couplings import semidiscrete
+    from couplings._files import check_target
+    from couplings.ablation.files import read_classes, read_dataset, split_key
+
+    for path, forced in ((output, force), (checkpoint, True)):
+        if path is not None:
+            check_target(path, force=forced)
+    used = [Path(spec) if Path(spec).is_dir() else split_key(spec)[0] for spec in (data, classes) if spec is not None]
+    for path in [output] if checkpoint is None else [checkpoint, output]:
+        if path.resolve() in [each.resolve() for each in used]:
+            msg = f"{path} is also an input: it would be lost. Choose another name."
+            raise ValueError(msg)
+        used.append(path)
+    _check_device(device)
+    rows = read_dataset(data)
+    begun = time.perf_counter()
+    with _progress(Console(stderr=True), unit="so far") as show:
+        plan = semidiscrete.fit(
+            rows,
+            classes=None if classes is None else read_classes(classes),
+            mirrored=mirrored,
+            batch_size=batch_size,
+            steps=steps,
+            tolerance=tolerance,
+            seed=seed,
+            device=device,
+            progress=lambda done, where: show(done, where, ""),
+            checkpoint=checkpoint,
+        )
+    plan.save(output)
+    found: dict[str, Any] = {
+        "chi2": plan.chi2,
+        "rows": len(plan),
+        "shape": list(plan.shape),
+        "classes": None if plan.classes is None else len(plan.parts),
+        "mirrored": plan.mirrored,
+        "seconds": time.perf_counter() - begun,
+        "output": str(output),
+    }
+    return _print_json(found) if as_json else _print_lines(found)
+
+
+@app.command()
+def quality(
+    plan: Annotated[Path, _argument("PLAN", "What couplings fit wrote.")],
+    data: Annotated[str, _argument("DATA", "What it was fitted to.")],
+    rows: Annotated[int, _option("N", "Noise rows to measure on.", min=2048)] = 4096,
+    seed: Annotated[int, _option("N", "Of the noise.", min=0)] = 0,
+    device: Annotated[str | None, _option("NAME", "Where to compute, such as cuda.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Compare the pairs of a plan with independent ones and with exact couplings of minibatches."""
+    from couplings.ablation.files import read_dataset
+    from couplings.semidiscrete import Semidiscrete
+
+    _check_device(device)
+    loaded = Semidiscrete.load(plan, read_dataset(data), device=device)
+    found = {"chi2": loaded.chi2} | asdict(loaded.quality(rows=rows, seed=seed))
+    return _print_json(found) if as_json else _print_lines(found)
 
 
 @app.command()
@@ -413,6 +494,21 @@ def report(
 def _print_json(value: object) -> int:
     print(json.dumps(value, indent=2, allow_nan=False))
     return 0
+
+
+def _print_lines(found: dict[str, Any]) -> int:
+    for name, value in found.items():
+        print(f"{name:<15} {f'{value:.6g}' if isinstance(value, float) else 'none' if value is None else value}")
+    return 0
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except AssertionError as error:  # torch was built without it
+        raise RuntimeError(str(error)) from error
 
 
 def _console() -> Console:

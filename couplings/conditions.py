@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from couplings._names import unknown
+from couplings._transfer import to_device, to_host
 from couplings.distances import cost_matrix
 from couplings.quantization import Operand
 
@@ -59,14 +60,14 @@ def canonical_condition_metric(metric: object) -> str:
     return str(key)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Conditions:
     """Conditions of data rows, and those that noise rows are tagged with.
 
     Attributes
     ----------
     classes, noise_classes : (n,), (m,) int64 Tensor or None
-        Couple within a class.
+        Couple within a class. On the device of the data or on the host.
     features, noise_features : (n, c), (m, c) floating Tensor or None
         Add the distance between them to the cost.
     """
@@ -81,13 +82,21 @@ class Conditions:
         """Whether the noise has conditions of its own."""
         return self.noise_classes is not self.classes or self.noise_features is not self.features
 
+    @property
+    def labels(self) -> list[Tensor]:
+        """Classes of data rows, and of noise rows where these have their own."""
+        labels = [self.classes, self.noise_classes if self.noise_classes is not self.classes else None]
+        return [values for values in labels if values is not None]
+
+    @property
+    def away(self) -> bool:
+        """Whether classes are on a device, so that `blocks` would wait for it."""
+        return any(values.device.type != "cpu" for values in self.labels)
+
     @cached_property
     def blocks(self) -> Blocks | None:
         """The classes as blocks of the cost; None without classes. Waits for a device that they are on."""
-        if self.classes is None or self.noise_classes is None:
-            return None
-        classes = self.classes.cpu()
-        return Blocks.of(classes, self.noise_classes.cpu() if self.tagged else classes)
+        return Blocks.of(*to_host(*self.labels)) if self.labels else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +116,8 @@ class Blocks:
     sizes: Tensor
 
     @classmethod
-    def of(cls, classes: Tensor, noise_classes: Tensor) -> Blocks:
-        """Sort rows by class.
+    def of(cls, classes: Tensor, noise_classes: Tensor | None = None) -> Blocks:
+        """Sort rows by class; noise rows have the classes of the data, or their own.
 
         Raises
         ------
@@ -116,7 +125,7 @@ class Blocks:
             If a class occurs more often on one side than on the other.
         """
         labels, of_row, counts = torch.unique(classes, return_inverse=True, return_counts=True)
-        if noise_classes is not classes:
+        if noise_classes is not None:
             noise_labels, noise_counts = torch.unique(noise_classes, return_counts=True)
             if not (torch.equal(labels, noise_labels) and torch.equal(counts, noise_counts)):
                 raise ValueError(_unequal_classes(classes, noise_classes))
@@ -125,7 +134,7 @@ class Blocks:
         rank[by_size] = torch.arange(len(by_size))
         rows = rank[of_row].argsort(stable=True)
         columns = rows
-        if noise_classes is not classes:
+        if noise_classes is not None:
             columns = rank[torch.searchsorted(labels, noise_classes)].argsort(stable=True)
         return cls(rows, columns, counts[by_size])
 
@@ -138,6 +147,20 @@ class Blocks:
     def row_lengths(self) -> Tensor:
         """(n,) int64 Tensor: how many costs each of `rows` has."""
         return self.sizes.repeat_interleave(self.sizes)
+
+    def index_of_rows(self, within: Tensor) -> Tensor:
+        """Turn columns within blocks, block after block, into the noise row of each data row.
+
+        Parameters
+        ----------
+        within : (n,) int64 Tensor
+            For each of `rows`, a column of its block.
+        """
+        starts = torch.tensor(self.ends[:-1]).repeat_interleave(self.sizes)
+        rows, columns, starts = (to_device(part, within.device) for part in (self.rows, self.columns, starts))
+        index = torch.empty_like(rows)
+        index[rows] = columns[starts + within]
+        return index
 
     def held(self, first: int, count: int) -> tuple[Tensor, list[int]]:
         """Which of `rows` are among `count` rows from `first` on, and how many in each block.
@@ -170,7 +193,7 @@ class Blocks:
         rows = (self.rows[held] - first).repeat_interleave(lengths)
         starts = torch.tensor(self.ends[:-1]).repeat_interleave(self.sizes)[held]
         columns = self.columns[_ragged(starts, lengths)]
-        return matrix[rows.to(matrix.device), columns.to(matrix.device)]
+        return matrix[to_device(rows, matrix.device), to_device(columns, matrix.device)]
 
     def joined(self, flat: Tensor, held: list[Tensor]) -> Tensor:
         """Put the costs that several ranks hold, concatenated, in the order of the whole.
@@ -320,6 +343,6 @@ def weight_for_ratio(distances: Tensor, conditions: Tensor, ratio: float) -> Ten
     # Where the conditions agree no weight changes anything: such a pair leaves never, or is out from the start.
     leaves_at = torch.where(conditions > 0, saving / conditions, torch.where(saving >= 0, torch.inf, -torch.inf))
     kept = max(1, round(ratio * distances.numel()))
-    weights = leaves_at.flatten().sort(descending=True).values
+    weights = leaves_at.flatten()
     limit = torch.where(weights.isinf(), 0.0, weights).amax()
-    return weights[kept - 1].minimum(limit).clamp_min(0.0)
+    return weights.kthvalue(weights.numel() - kept + 1).values.minimum(limit).clamp_min(0.0)

@@ -181,14 +181,16 @@ _PAIR_KINDS = {"sqeuclidean": "squared", "l2": "squared", "dot": "squared", "l1"
 
 
 def _distances(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """Do what the kernel does, on any device: in float64, where no square of a float32 vanishes or overflows."""
     wide = wide_float(x.device)
     if kind == "angular":
+        x, y = x.to(wide), y.to(wide)
         cosine = torch.linalg.vecdot(x, y) * _inverse_norms(x) * _inverse_norms(y)
-        apart: Tensor = (1.0 - cosine).to(wide)
+        apart: Tensor = 1.0 - cosine
         return apart
-    difference = x - y
+    difference = (x - y).to(wide)
     terms = difference.abs_() if kind == "absolute" else difference.square_()
-    total: Tensor = terms.sum(1, dtype=wide)
+    total: Tensor = terms.sum(1)
     return total
 
 
@@ -211,7 +213,9 @@ def _moderate(x: Operand) -> Operand:
         return x
     exponent = torch.log2(torch.where(largest > 0, largest, 1.0)).round().clamp(-120, 120)
     factor = torch.exp2(-exponent)
-    return Operand(x.values * factor) if x.scale is None else Operand(x.rows, x.scale * factor)
+    if x.scale is None or x.rows.dtype is torch.bfloat16:  # whose codes have the range of the values
+        return Operand(x.rows * factor, x.scale)
+    return Operand(x.rows, x.scale * factor)
 
 
 def _l1_matrix(x: Tensor, y: Tensor) -> Tensor:

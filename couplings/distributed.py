@@ -32,11 +32,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from couplings import inputs
+from couplings._transfer import to_host
 from couplings._types import Marginal
 from couplings.assigners.method import Assignment, Method
 from couplings.collectives import Outcome, Ranks
 from couplings.conditions import Conditions
-from couplings.problem import Distances, Problem, check_tied, on_host, take_tied
+from couplings.problem import Distances, Problem, check_tied, take_tied
 
 __all__ = ["couple_over_ranks", "process_group"]
 
@@ -442,7 +443,7 @@ def _gathered_costs(
 
     def assemble() -> Tensor:
         costs = torch.cat([part[1:] for part in parts])
-        costs = costs if method.on_device else on_host(costs)
+        costs = costs if method.on_device else to_host(costs)[0]
         return costs.view(layout.n, -1) if blocks is None else blocks.joined(costs, held)
 
     return assemble, None

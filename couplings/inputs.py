@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from couplings._transfer import to_device
 from couplings.conditions import Conditions
 
 Array = Tensor | np.ndarray[Any, Any]
@@ -246,12 +247,12 @@ def _condition(condition: object, name: str, n: int, device: torch.device) -> Te
         raise ValueError(msg)
     condition = condition.detach()
     if not floating:
-        return condition.to(device).long()  # torch sorts no unsigned integers but bytes
+        return condition.long()  # torch sorts no unsigned integers but bytes
     # On a device it would have to be waited for: there the cost, which is checked, is not finite either.
     if condition.device.type == "cpu" and not bool(torch.isfinite(condition).all()):
         msg = f"{name}= contains NaN or infinity."
         raise ValueError(msg)
-    return condition.to(device)
+    return to_device(condition, device)
 
 
 def _mend_condition(condition: Tensor) -> str:

@@ -18,7 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["normal", "row_seeds"]
+__all__ = ["STREAMS", "normal", "row_seeds"]
+
+# Streams of one seed, so that no noise serves two purposes.
+STREAMS = {"fit": 0, "check": 1, "start": 2, "quality": 3, "epoch": 4, "persistent": 5, "slots": 6}
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -142,7 +145,9 @@ def _philox(counter: tuple[Tensor | int, Tensor | int, int, int], key: Tensor) -
     four (n,) int64 Tensors
         Words from 0 to 2^32 - 1.
     """
-    a, b, c, d = (torch.as_tensor(word, device=key.device).expand_as(key) for word in counter)
+    # A number is filled in on the device: the host would wait for a copy of it.
+    words = (w if isinstance(w, Tensor) else torch.full((), w, dtype=key.dtype, device=key.device) for w in counter)
+    a, b, c, d = (word.expand_as(key) for word in words)
     low, high = key & _WORD, (key >> 32) & _WORD
     for _ in range(_ROUNDS):
         # int64 products wrap around, which leaves all 64 bits of the unsigned product in place.

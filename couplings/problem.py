@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from couplings import inputs
+from couplings._transfer import to_device, to_host
 from couplings._types import Marginal
 from couplings.assigners.method import Assignment, Method
 from couplings.assigners.randomness import seeded_by
-from couplings.conditions import Conditions, condition_cost, pair_condition_costs, weight_for_ratio
+from couplings.conditions import Blocks, Conditions, condition_cost, pair_condition_costs, weight_for_ratio
 from couplings.distances import Metric, common_centre, cost_matrix, pair_costs, wide_float
 from couplings.quantization import Operand, largest_magnitude, quantized
 from couplings.stages import stage
@@ -172,14 +173,25 @@ class Problem:
         ValueError
             If a cost is NaN or infinite; ``+inf``, a forbidden pair, is allowed of a callable metric.
         """
-        blocks = None if self.conditions is None else self.conditions.blocks
+        conditions, here = self.conditions, solved_here and not method.on_device
+        # Classes on a device come to the host with the costs: to know them earlier, it would have to wait for them.
+        late = conditions if here and conditions is not None and conditions.away else None
+        blocks = None if conditions is None or late is not None else conditions.blocks
         with stage("cost"):
             shift = self._may_shift(method)
-            together = blocks is None or callable(self.pricing.metric) or self.data.device.type != "cpu"
-            cost = self._all_costs(shift) if together else self._costs_by_group(shift)
+            if blocks is not None and self.data.device.type == "cpu" and isinstance(self.pricing.metric, str):
+                cost = self._costs_by_group(blocks, shift)
+            else:
+                cost = self._all_costs(shift)
+                cost = cost if blocks is None else blocks.costs_of(cost, self.first)
         with stage("conversion"):
-            cost = self._checked(cost if method.on_device or not solved_here else on_host(cost), method)
-            return cost if blocks is None or not together else blocks.costs_of(cost, self.first)
+            total = _sum(cost) if self.pricing.check_finite else cost.new_zeros(())
+            if here:
+                cost, total, *labels = to_host(cost, total, *(() if late is None else late.labels))
+                if late is not None:
+                    late.blocks = blocks = Blocks.of(*labels)
+                    cost = blocks.costs_of(cost, self.first)
+            return self._checked(cost, total, method)
 
     def _may_shift(self, method: Method) -> bool:
         # More columns than rows: which of them are chosen depends on the columns' constants, whatever the method.
@@ -193,13 +205,11 @@ class Problem:
             return cost
         return cost.add_(self._condition_costs(*self._features).mul_(self.weight))
 
-    def _costs_by_group(self, shift: bool) -> Tensor:
+    def _costs_by_group(self, blocks: Blocks, shift: bool) -> Tensor:
         """Price within classes only, classes of about the same size in one product."""
-        assert self.conditions is not None
-        assert self.conditions.blocks is not None
         assert isinstance(self.pricing.metric, str)
         (x, y), parts = self.operands, []
-        for rows, columns, wanted in self.conditions.blocks.groups(self.first, len(self.data)):
+        for rows, columns, wanted in blocks.groups(self.first, len(self.data)):
             cost = cost_matrix(x[rows], y[columns], self.pricing.metric, shift_invariant=shift)
             if self._features is not None:
                 of_data, of_noise = self._features
@@ -237,10 +247,11 @@ class Problem:
         )
         return weight_for_ratio(true, self._condition_costs(*self._features), pricing.condition_ratio)
 
-    def _checked(self, cost: Tensor, method: Method) -> Tensor:
+    def _checked(self, cost: Tensor, total: Tensor, method: Method) -> Tensor:
         """Check that costs are finite, or forbidden pairs that the method can respect."""
         metric = self.pricing.metric
-        if not self.pricing.check_finite or _all_finite(cost):
+        # The sum is not finite if a cost is not, and seldom otherwise.
+        if not self.pricing.check_finite or math.isfinite(total) or bool(torch.isfinite(cost).all()):
             return cost
         if not callable(metric) or bool((cost.isnan() | (cost == -torch.inf)).any()):
             inputs.report_not_finite(self.data, self.noise, metric)
@@ -298,7 +309,7 @@ class Problem:
         marginal: Marginal = part.marginal or method.info.marginal
         if marginal == "permutation" and len(self.noise) > self.rows:
             marginal = "selected"
-        return replace(part, index=_to_device(part.index, self.data.device), marginal=marginal)
+        return replace(part, index=to_device(part.index, self.data.device), marginal=marginal)
 
     def _solve_part(
         self,
@@ -314,7 +325,7 @@ class Problem:
         shape = (self.rows, len(self.noise)) if rows is None else (len(rows), len(rows))
         if cost is None or "points" in method.wants:
             points = tuple(
-                side.values if keep is None else side.values[keep.to(side.values.device)]
+                side.values if keep is None else side.values[to_device(keep, side.values.device)]
                 for side, keep in zip(self.operands, (rows, columns), strict=True)
             )
             if cost is None:
@@ -332,22 +343,21 @@ class Problem:
         assert blocks is not None
         if cost is not None and method.blocks_fn is not None:
             part: Assignment = method.blocks_fn(cost, blocks.sizes, **options)
-            starts = torch.tensor(blocks.ends[:-1]).repeat_interleave(blocks.sizes)
-            return replace(part, index=_scattered(blocks.rows, blocks.columns[starts + part.index]))
-        index, slack, marginal = torch.empty_like(blocks.rows), 0.0, None
-        certified, used = True, 0
+            return replace(part, index=blocks.index_of_rows(part.index))
+        parts, used = [], 0
         for start, size in zip(blocks.ends, blocks.sizes.tolist(), strict=False):
             rows, columns = blocks.rows[start : start + size], blocks.columns[start : start + size]
             block = None if cost is None else cost[used : used + size * size].view(size, size)
             used += size * size
             if size == 1:  # paired with the only noise of its class, whatever the method
-                index[rows] = columns
-                continue
-            part = self._solve_part(method, block, given, options, rows, columns)
-            index[rows] = columns[part.index.cpu()]
-            marginal, certified = part.marginal, certified and part.slack is not None
-            slack += part.slack or 0.0
-        return Assignment(index, slack if certified else None, marginal)
+                parts.append(Assignment(rows.new_zeros(1), 0.0))
+            else:
+                parts.append(self._solve_part(method, block, given, options, rows, columns))
+        device = next((part.index.device for part in parts if part.index.device.type != "cpu"), blocks.rows.device)
+        index = blocks.index_of_rows(torch.cat([to_device(part.index, device) for part in parts]))
+        slacks = [part.slack for part in parts if part.slack is not None]
+        slack = sum(slacks) if len(slacks) == len(parts) else None
+        return Assignment(index, slack, next((part.marginal for part in parts if part.marginal is not None), None))
 
     # --- what is reported
 
@@ -464,29 +474,9 @@ def take_tied(t: Any, index: Tensor, rows: int) -> Any:
     return t[index.to(t.device)] if isinstance(t, Tensor) else t[index.cpu().numpy()]
 
 
-def _scattered(rows: Tensor, values: Tensor) -> Tensor:
-    index = torch.empty_like(rows)
-    index[rows] = values
-    return index
-
-
-def on_host(cost: Tensor) -> Tensor:
-    """Copy costs to the host through pinned memory, where there is a device to copy from; waits for it once."""
-    if cost.device.type == "cpu":
-        return cost
-    host = torch.empty(cost.shape, dtype=cost.dtype, pin_memory=cost.is_cuda)
-    return host.copy_(cost)
-
-
-def _to_device(index: Tensor, device: torch.device) -> Tensor:
-    if index.device == device:
-        return index
-    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
-
-
-def _all_finite(cost: Tensor) -> bool:
-    """Whether every cost is finite: by their sum, which is not if one of them is not, and seldom otherwise."""
-    # NumPy's sum runs on one thread: torch would wait for a core that another process has.
+def _sum(cost: Tensor) -> Tensor:
+    """Sum all costs where they are, on the CPU on one thread: torch would wait for a core that another process has."""
+    if cost.device.type != "cpu":
+        return cost.sum()
     with np.errstate(all="ignore"):
-        total = float(np.add.reduce(cost.numpy(), axis=None)) if cost.device.type == "cpu" else float(cost.sum())
-    return math.isfinite(total) or bool(torch.isfinite(cost).all())
+        return torch.from_numpy(np.add.reduce(cost.numpy(), axis=None, keepdims=True))

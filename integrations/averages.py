@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class Averages:
     """
 
     def __init__(self, train: Train, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.compiled = model, train.compile
+        self.weights = list(model.parameters())
         self.of = {
             group(train, decay): EMAModel(
                 model.parameters(),
@@ -48,18 +49,24 @@ class Averages:
 
     def follow(self) -> None:
         """Take in the network's weights; once per optimizer step."""
-        for average in self.of.values():
-            average.step(self.model.parameters())
+        with torch.no_grad():
+            for average in self.of.values():
+                average.optimization_step += 1
+                # What EMAModel.step does weight by weight, to the last bit; its own `foreach` rounds otherwise.
+                changes = torch._foreach_sub(average.shadow_params, self.weights)
+                torch._foreach_mul_(changes, 1 - average.get_decay(average.optimization_step))
+                torch._foreach_sub_(average.shadow_params, changes)
 
     @contextmanager
     def lent(self) -> Iterator[nn.Module]:
-        """Lend the network with the first average for weights, in evaluation mode."""
+        """Lend the network with the first average for weights, in evaluation mode; not compiled for it."""
         first = self.of["ema"]
         first.store(self.model.parameters())
         first.copy_to(self.model.parameters())
         self.model.eval()
         try:
-            yield self.model
+            with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                yield self.model
         finally:
             first.restore(self.model.parameters())
             self.model.train()

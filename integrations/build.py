@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import get_scheduler
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from couplings import Coupling
 
-from .config import Optimizer, Recipe, RecipeError
+from .config import Optimizer, Recipe, RecipeError, Train
 from .consistency import ConsistencyObjective
 from .data import Source
 from .ddim import DdimObjective
@@ -45,12 +48,14 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if train.tracker and train.tracker not in map(str, get_available_trackers()):  # accelerate only warns
         msg = f"train.tracker: got {train.tracker!r}, which is not installed: pip install {train.tracker}, or null"
         raise RecipeError(msg)
+    choose_arithmetic(train)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=divide(recipe, processes)[1],
         log_with=train.tracker,
         project_dir=recipe.output,
+        kwargs_handlers=[DistributedDataParallelKwargs(**dataclasses.asdict(train.ddp))],
     )
     if accelerator.num_processes != processes:
         msg = (
@@ -64,17 +69,52 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def build_coupling(recipe: Recipe) -> Coupling:
-    """Build the coupling that a recipe names.
+REPEATABLE = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which matrix products give the same bits in every run."""
+
+
+def choose_arithmetic(train: Train) -> None:
+    """Choose how this process computes; before CUDA starts.
+
+    Raises
+    ------
+    TrainingError
+        If a choice comes too late.
+    """
+    if train.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
+    if train.cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+    if not train.deterministic:
+        return
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    if not torch.cuda.is_initialized():
+        os.environ.setdefault(name, REPEATABLE[0])
+    if os.environ.get(name) not in REPEATABLE and torch.cuda.is_available():
+        late = "CUDA has started without it" if name not in os.environ else f"it is {os.environ[name]!r}"
+        msg = f"train.deterministic: {late}: set {name}={REPEATABLE[0]} in front of the command (export {name}=...)"
+        raise TrainingError(msg)
+    torch.backends.cudnn.benchmark = False
+    # Also chooses deterministic convolutions, and backward passes of attention that add up in a fixed order.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+
+
+def build_coupling(recipe: Recipe, group: ProcessGroup | None = None) -> Coupling:
+    """Build the coupling that a recipe names; ``group`` is the one it exchanges over, if not the default one.
 
     Raises
     ------
     RecipeError
         For an unknown name or option.
     """
-    section = recipe.coupling
+    section, over = recipe.coupling, {} if group is None else {"group": group}
+    # What a batch is coupled by where the pairs are made from the whole dataset: see `dataset_pairs`.
+    method, options = {"semidiscrete": ("independent", {}), "persistent": ("auction", {})}.get(
+        section.method, (section.method, section.options)
+    )
     try:
-        return Coupling(section.method, section.metric, section.quantize, section.scope, **section.options)
+        return Coupling(method, section.metric, section.quantize, section.scope, **options, **over)
     except (ValueError, TypeError) as error:
         msg = f"coupling: {error}"
         raise RecipeError(msg) from None

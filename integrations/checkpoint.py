@@ -160,6 +160,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         row, key = address.split(".", 1)
         state.setdefault(int(row), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+    for weight, values in optimizer.state.items():
+        for key, value in values.items():
+            if key != "step" and isinstance(
+                value, Tensor
+            ):  # laid out in memory as the weight is, which fused updates need
+                values[key] = torch.empty_like(weight).copy_(value)
 
 
 def _sha256(path: Path) -> str:

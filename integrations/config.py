@@ -400,12 +400,22 @@ class Optimizer:
         _at_least(0, "optimizer", self, "warmup_steps")
 
 
+DATASET_METHODS = {
+    "semidiscrete": {"potentials": "the path of a plan, or null", "tolerance": "a number above 0"},
+    "persistent": {"seeds": "a whole number of at least 1"},
+}
+"""Methods that look beyond the batch, and what their options should be."""
+
+
 @dataclass
 class CouplingSection:
     """Which noise each data row gets (see ``couplings methods``)."""
 
     method: str = "auction"
-    """Name of the pairing method; ``independent`` is the baseline."""
+    """Name of the pairing method; ``independent`` is the baseline. ``semidiscrete``: noise picks its row in the whole
+    dataset, by the plan of ``coupling.options.potentials`` (what ``couplings fit`` writes) or one that is fitted when
+    the run begins, to ``coupling.options.tolerance``. ``persistent``: noise of ``coupling.options.seeds`` seeds stays
+    with each row, and is coupled again in every batch."""
     metric: str = "sqeuclidean"
     """Distance that the pairing minimises."""
     quantize: str | None = None
@@ -415,8 +425,50 @@ class CouplingSection:
     accumulated batches."""
     condition: Literal["class"] | None = None
     """``class`` couples within each class only, so that the noise given the class stays Gaussian."""
+    window: int = 1
+    """Optimizer steps whose blocks are coupled together, ahead of training: the optimal transport batch is that many
+    times as large."""
     options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Options of the method, as ``--coupling.options.reg 0.2``."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "coupling", self, "window")
+        if self.method not in DATASET_METHODS:
+            return
+        known = DATASET_METHODS[self.method]
+        for name, value in self.options.items():
+            expect(name in known, f"coupling.options.{name}", value, f"only {' and '.join(known)} for {self.method}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = {
+                "potentials": value is None or isinstance(value, str),
+                "tolerance": number and value > 0,
+                "seeds": number and value >= 1 and value == int(value),
+            }
+            expect(fits[name], f"coupling.options.{name}", value, known[name])
+        expect(self.scope == "local", "coupling.scope", self.scope, f"local for coupling.method = {self.method}")
+        expect(self.window == 1, "coupling.window", self.window, f"1 for coupling.method = {self.method}")
+        if self.method == "semidiscrete":  # its plans are for this distance
+            expect(self.metric == "sqeuclidean", "coupling.metric", self.metric, "sqeuclidean for semidiscrete")
+            expect(self.quantize is None, "coupling.quantize", self.quantize, "null for semidiscrete")
+
+
+@dataclass
+class Ddp:
+    """How gradients are averaged over processes: options of ``torch.nn.parallel.DistributedDataParallel``."""
+
+    bucket_cap_mb: int = 25
+    """Size of the pieces in which gradients travel, in MiB."""
+    gradient_as_bucket_view: bool = True
+    """Keep gradients in these pieces, without a copy of their own."""
+    broadcast_buffers: bool = True
+    """Send the first process's buffers to all in every forward pass."""
+    find_unused_parameters: bool = False
+    """Look in every step for weights that the loss does not depend on."""
+    static_graph: bool = False
+    """Promise that every step uses the same weights, in the same order."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "train.ddp", self, "bucket_cap_mb")
 
 
 @dataclass
@@ -434,6 +486,18 @@ class Train:
     """Decides initial weights, data order, noise, times and augmentation."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Arithmetic of the network."""
+    tf32: bool | None = None
+    """Round the operands of float32 products to TF32 on a GPU that has it: several times faster. Null leaves PyTorch's
+    defaults: rounded in convolutions, not in matrix products."""
+    channels_last: bool = False
+    """Keep images in memory with the channels last: faster convolutions on a GPU in half precision or TF32."""
+    cudnn_benchmark: bool = False
+    """Try the convolution algorithms of a GPU at first use, and take the fastest."""
+    deterministic: bool = False
+    """Give the same bits in every run on the same GPU, also when resumed; slower. CUBLAS_WORKSPACE_CONFIG is set to
+    ``:4096:8`` unless CUDA has started already."""
+    ddp: Ddp = field(default_factory=Ddp)
+    """Training in several processes."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights that are sampled from."""
     further_ema_decays: list[float] = field(default_factory=list)
@@ -462,6 +526,8 @@ class Train:
         rows, device = self.global_batch_size, self.batch_size_per_device
         multiple = f"a multiple of train.batch_size_per_device = {device} ({rows} / {device} = {rows / device:.2f})"
         expect(rows % device == 0, "train.global_batch_size", rows, multiple)
+        repeats = not (self.deterministic and self.cudnn_benchmark)
+        expect(repeats, "train.cudnn_benchmark", True, "false with train.deterministic: the fastest algorithm varies")
         expect(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "at least 0 and below 1")
         decays = [self.ema_decay, *self.further_ema_decays]
         distinct = len(set(decays)) == len(decays) and all(0 <= decay < 1 for decay in decays)
@@ -541,6 +607,9 @@ class Recipe:
         expect(told, "model.classes", classes, f"null for {objective.name}")
         saves = not self.train.gradient_checkpointing or isinstance(model, Unet | Adm | ConditionUnet)
         expect(saves, "train.gradient_checkpointing", True, f"false for model.name = {model.name}")
+        method = self.coupling.method
+        numbered = method not in DATASET_METHODS or not self.data.streaming
+        expect(numbered, "data.streaming", True, f"false for coupling.method = {method}, which needs rows by number")
         kept = [None, self.train.ema_decay, *self.train.further_ema_decays]
         expect(self.evaluate.ema_decay in kept, "evaluate.ema_decay", self.evaluate.ema_decay, f"one of {kept}")
 

@@ -105,6 +105,7 @@ class ConsistencyObjective(Objective):
         """Take the target network, an average of the trained one (``ct``), and the metric."""
         if self.config.variant == "ct":
             self.target = copy.deepcopy(model).requires_grad_(False)
+            self._followed = [list(network.parameters()) for network in (self.target, model)]
         if self.config.loss == "lpips":
             self.lpips = Lpips.pretrained(self.config.lpips_pooling)
 
@@ -118,21 +119,22 @@ class ConsistencyObjective(Objective):
             return
         decay = target_decay(self.config, steps - 1)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(*self._followed, 1 - decay)
             for average, current in zip(self.target.buffers(), model.buffers(), strict=True):
                 average.copy_(current)
 
     def mix(self, data: Tensor, noise: Tensor, draws: Draws) -> Levels:
         """Add the same noise at two neighbouring levels."""
         config = self.config
-        grid = levels(config, intervals(config, draws.step)).to(data.device)
-        generator = draws.generator("time")
+        # Drawn on the host: on a GPU, sums of which the draw needs some are not the same in every run.
+        grid = levels(config, intervals(config, draws.step))
+        generator = draws.generator("time", torch.device("cpu"))
         if config.variant == "ct":
-            index = torch.randint(len(grid) - 1, (len(data),), generator=generator, device=data.device)
+            index = torch.randint(len(grid) - 1, (len(data),), generator=generator)
         else:
             edges = torch.erf((grid.log() - config.level_mean) / (math.sqrt(2) * config.level_std))
             index = torch.multinomial(edges.diff(), len(data), replacement=True, generator=generator)
-        cleaner, noisier = grid[index].float(), grid[index + 1].float()
+        cleaner, noisier = torch.stack([grid[index], grid[index + 1]]).float().to(data.device, non_blocking=True)
         weight = torch.ones_like(noisier) if config.variant == "ct" else 1 / (noisier - cleaner)
         return Levels(data + rows(noisier, data) * noise, data + rows(cleaner, data) * noise, noisier, cleaner, weight)
 
@@ -146,15 +148,17 @@ class ConsistencyObjective(Objective):
             teacher = model if self.target is None else self.target
             target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner, **told)
         prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier, **told)
-        difference = (prediction - target).flatten(1)
+        return self.distance(prediction, target) * mixed.weight
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the ``(n,)`` distances of predictions from their targets."""
         if self.lpips is not None:
-            distance = self.lpips(prediction, target)
-        elif self.config.loss == "l2":
-            distance = difference.square().mean(1)
-        else:
-            c = 0.00054 * math.sqrt(difference.shape[1])
-            distance = (difference.square().sum(1) + c**2).sqrt() - c
-        return distance * mixed.weight
+            return self.lpips(prediction, target)
+        difference = (prediction - target).flatten(1)
+        if self.config.loss == "l2":
+            return difference.square().mean(1)
+        c = 0.00054 * math.sqrt(difference.shape[1])
+        return (difference.square().sum(1) + c**2).sqrt() - c
 
     def denoise(self, model: nn.Module, x: Tensor, sigma: Tensor, **told: Tensor) -> Tensor:
         """Return the consistency function of ``x`` at noise level ``sigma`` (n,), in float32."""

@@ -131,12 +131,18 @@ class Images(Source, Dataset[Batch]):
         self, pieces: Iterable[Piece], seed: int | None, workers: int = 0, pinned: bool = False
     ) -> Iterator[Batch]:
         """Yield the rows of each piece, every epoch in an order of its own."""
+        return self.load(self._rows(pieces, seed), workers, pinned)
+
+    def load(self, rows: Iterable[list[int]], workers: int = 0, pinned: bool = False) -> Iterator[Batch]:
+        """Yield the `Batch` of each list of rows, loaded by ``workers`` workers."""
         # Forked where that is usual, whatever Python's default: a fork server would stand between a training process
         # that is killed and the loading processes that should end with it.
         context = "fork" if workers and sys.platform == "linux" else None
         options = {"num_workers": workers, "multiprocessing_context": context, "pin_memory": pinned}
+        # A generator of its own: a loader draws from one, and the global one is the network's.
+        options["generator"] = torch.Generator()
         try:
-            yield from DataLoader(self, batch_size=None, sampler=self._rows(pieces, seed), **options)
+            yield from DataLoader(self, batch_size=None, sampler=rows, **options)
         except DataError as error:
             # Of a loading process: its text ends a traceback.
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: ")) from None
@@ -325,7 +331,7 @@ class StreamedImages(Source):
             pending = reader.submit(next, batches, None)
             while (batch := pending.result()) is not None:
                 pending = reader.submit(next, batches, None)
-                yield batch._replace(images=batch.images.pin_memory()) if pinned else batch
+                yield Batch(batch.images.pin_memory(), batch.labels.pin_memory(), batch.unreadable) if pinned else batch
 
     def _read(self, pieces: Iterable[Piece], seed: int | None, decoders: Executor) -> Iterator[Batch]:
         for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):

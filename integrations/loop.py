@@ -6,17 +6,12 @@ therefore its step number, the weights, their averages and the optimizer.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,11 +20,11 @@ import numpy as np
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 import couplings
 
-from . import checkpoint, pictures
+from . import checkpoint, pictures, termination
 from .averages import Averages
 from .build import (
     TrainingError,
@@ -38,13 +33,14 @@ from .build import (
     build_objective,
     build_optimizer,
     build_schedule,
-    candidates,
     divide,
 )
 from .config import Recipe, RecipeError
-from .data import Batch, Pieces, Source, load_source, to_signed
+from .data import Source, load_source
+from .dataset_pairs import KINDS
 from .models import build_model
 from .objective import Objective
+from .pairs import Block, Pairs
 from .progress import Report, bar
 from .randomness import Draws, address
 
@@ -71,7 +67,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         If a checkpoint cannot be written.
     """
     try:
-        with _termination() as terminated:
+        with termination.collected() as terminated:
             run = Run(recipe)
             run.start()
             with bar(recipe, run.step, progress and run.accelerator.is_main_process) as report:
@@ -82,17 +78,13 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         place, reason = error.filename or recipe.output, error.strerror or error
         msg = f"cannot read or write {place}: {reason}; checkpoints are intact"
         raise TrainingError(msg) from error
+    except RuntimeError as error:
+        if not (recipe.train.deterministic and "does not have a deterministic implementation" in str(error)):
+            raise
+        operation = str(error).partition(", but you set")[0]
+        msg = f"train.deterministic: got true, but {operation}: train with --train.deterministic false"
+        raise TrainingError(msg) from error
     return recipe.output
-
-
-@dataclass
-class Block:
-    """Data and noise, row by row: as it was drawn at first, then as it is paired."""
-
-    data: Tensor
-    noise: Tensor
-    draws: Draws
-    context: dict[str, Any]
 
 
 class Run:
@@ -106,15 +98,13 @@ class Run:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, train = recipe, recipe.train
-        self.coupling = build_coupling(recipe)
-        self.candidates = candidates(self.coupling)
+        coupling = build_coupling(recipe)
         self.accelerator = build_accelerator(recipe)
-        self.device = self.accelerator.device
+        self.device, processes = self.accelerator.device, self.accelerator.num_processes
         # Each process works on neighbouring blocks, so the order of blocks over ranks and accumulation is the same for
         # any number of processes.
-        self.total_blocks, accumulation = divide(recipe, self.accelerator.num_processes)
+        total_blocks, accumulation = divide(recipe, processes)
         first = self.accelerator.process_index * accumulation
-        self.blocks = range(first, first + accumulation)
 
         self.source: Source = load_source(recipe.data)
         if len(self.source) < train.global_batch_size:
@@ -130,158 +120,116 @@ class Run:
         self.bare_model = model = build_model(recipe.model, self.objective)
         if train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if train.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.objective.attach(model)
         self.averages = Averages(train, model)
         if train.compile:
             # In place: a wrapper would change the names of the weights.
             for network in (model, *self.objective.networks().values()):
                 network.compile()
-        optimizer = build_optimizer(recipe.optimizer, model)
-        self.learning_rate = build_schedule(recipe, optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.weights = list(model.parameters())
+        self.optimizer = build_optimizer(recipe.optimizer, model)
+        self.learning_rate = build_schedule(recipe, self.optimizer)
+        # The optimizer is used as it is: accelerate's wrapper looks for packages in every step.
+        self.model = self.accelerator.prepare(model)
+        self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
         self.averages.to(self.device)
         self.objective.to(self.device)
+        # Couplings over processes exchange in the background: over a process group of their own.
+        group = torch.distributed.new_group(backend="gloo") if coupling.scope == "global" and processes > 1 else None
+        coupling = build_coupling(recipe, group)
+        blocks = range(first, first + accumulation)
+        kind = KINDS.get(recipe.coupling.method, Pairs)
+        self.pairs = kind(recipe, self.source, self.objective, coupling, self.device, blocks, total_blocks)
+        self.ends = termination.Agreement(processes)
         self.step = 0
-        self.unreadable: set[str] = set()
-        self.first_bad_step = torch.tensor(torch.inf, device=self.device)
+        self.losses: list[Tensor] = []  # since they were last looked at: looking at every one would stall a GPU
 
     # One step
 
-    def train_step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor, float]:
-        """Do one optimizer step; return its mean loss, mean distance reduction and coupling milliseconds."""
+    def train_step(self, blocks: Sequence[Block]) -> Tensor:
+        """Do one optimizer step on blocks of data with the noise that they were paired with; return its mean loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        blocks = [self.load(next(batches), number) for number in self.blocks]
-        blocks, reduction, milliseconds = self.couple(blocks)
         losses = []
-        for block in blocks:
-            torch.manual_seed(block.draws.address("network"))  # dropout draws from the global generator
-            with self.accelerator.accumulate(self.model):
+        for number, block in enumerate(blocks, 1):
+            block.draws.seed_network()
+            # Gradients add up over the blocks; processes exchange the sum.
+            with nullcontext() if number == len(blocks) else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     loss = self.objective.loss(self.model, block.data, block.noise, block.draws, **block.context).mean()
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.recipe.optimizer.clip is not None:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.scaler.scale(loss / len(blocks)).backward()
             losses.append(loss.detach())
+        if self.recipe.optimizer.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.weights, self.recipe.optimizer.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
         self.averages.follow()
         self.step += 1
         self.objective.after_step(self.bare_model, self.step)
-        return torch.stack(losses).mean(), reduction, milliseconds
-
-    def load(self, batch: Batch, number: int) -> Block:
-        """Turn a batch into data as noise is mixed into it, and draw its noise, still unpaired."""
-        for message in set(batch.unreadable) - self.unreadable:
-            self.unreadable.add(message)
-            log.warning("unreadable image replaced by its neighbour: %s", message)
-        draws = Draws(self.recipe.train.seed, self.step, number, self.total_blocks, self.device)
-        images = to_signed(batch.images.to(self.device, non_blocking=True))
-        if self.recipe.data.flip:
-            mirrored = torch.rand(len(images), generator=draws.generator("augment"), device=self.device) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        data, context = self.objective.prepare(images, labels, draws)
-        noise = draws.normal(len(data) * self.candidates, *data.shape[1:])
-        return Block(data, noise, draws, {"labels": labels, **context})
-
-    def couple(self, blocks: list[Block]) -> tuple[list[Block], Tensor, float]:
-        """Pair the noise of each block with its data, or that of all blocks of all processes (scope ``global``).
-
-        Also return the mean distance reduction and the milliseconds.
-        """
-        self._wait_for_device()
-        start, paired, reductions = time.perf_counter(), [], []
-        for pool in [blocks] if self.coupling.scope == "global" else [[block] for block in blocks]:
-            data, noise = (torch.cat([getattr(block, name) for block in pool]) for name in ("data", "noise"))
-            condition = None
-            if self.recipe.coupling.condition == "class":
-                condition = torch.cat([block.context["labels"] for block in pool])
-            generator = pool[0].draws.generator("coupling", torch.device("cpu"))
-            coupled = self.coupling(data, noise, condition=condition, generator=generator)
-            noises = coupled.noise.split([len(block.data) for block in pool])
-            paired += [dataclasses.replace(block, noise=noise) for block, noise in zip(pool, noises, strict=True)]
-            reductions.append(torch.as_tensor(coupled.reduction))
-        self._wait_for_device()
-        return paired, torch.stack(reductions).mean(), 1000 * (time.perf_counter() - start)
-
-    def _wait_for_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        return torch.stack(losses).mean()
 
     # All steps
 
-    def batches(self, terminated: Sequence[int] = ()) -> Iterator[Batch]:
-        """Yield the data of each block that this process works on, from this step onward.
-
-        ``terminated`` is not empty once the process is asked to end.
-        """
-        train, done, pinned = self.recipe.train, 0, self.device.type == "cuda"
-        steps = range(self.step, train.steps)
-        pieces = Pieces(len(self.source), train.global_batch_size, train.batch_size_per_device, self.blocks, steps)
-        try:
-            for batch in self.source.blocks(pieces, train.seed, self.recipe.data.workers, pinned):
-                yield batch
-                done += 1
-        except (RuntimeError, OSError, EOFError):  # a process that is gone, or what it was sending
-            if not terminated:
-                raise
-            # A cluster ends all processes of a job, the loading ones too: what this step still needs is loaded here.
-            yield from self.source.blocks(itertools.islice(pieces, done, None), train.seed)
-
     def advance(self, report: Report, terminated: Sequence[int]) -> bool:
-        """Train until the last step, or until the process is asked to end; return whether it is finished."""
-        train, output = self.recipe.train, self.recipe.output
-        batches, times = self.batches(terminated), []
+        """Train until the last step, or until a process is asked to end; return whether it is finished."""
+        train, output, times = self.recipe.train, self.recipe.output, []
         self.model.train()
-        while self.step < train.steps:
-            began = time.perf_counter()
-            loss, reduction, coupling_ms = self.train_step(batches)
-            self._note_if_bad(loss)
-            last, record = self.step == train.steps, None
-            if self.step % train.log_every == 0 or last:
-                self._check_finite()
-                record = {"step": self.step, **self._means(loss=loss, reduction=reduction)}  # waits for the device
-            times.append((coupling_ms, 1000 * (time.perf_counter() - began)))
-            if record is not None:
-                record["coupling_ms"], record["step_ms"] = map(fmean, zip(*times, strict=True))
-                record["lr"] = self.optimizer.param_groups[0]["lr"]
-                self._log(record)
-                times.clear()
-            report(self.step, record)
-            stop = self._any_process(bool(terminated))
-            if stop or last or self.step % train.checkpoint_every == 0:
-                self.save()
-            if train.sample_every and self.step % train.sample_every == 0 and not last:
-                self.draw(output / "samples" / f"step-{self.step}.png")
-            if stop:
-                return last
+        with closing(self.pairs.steps(self.step, train.steps, terminated)) as steps:
+            while self.step < train.steps:
+                began = time.perf_counter()
+                step = next(steps)
+                self.losses.append(self.train_step(step.blocks))
+                last, record = self.step == train.steps, None
+                if self.step % train.log_every == 0 or last:
+                    loss = self.losses[-1]
+                    self._check_finite()
+                    record = {"step": self.step, **self._means(loss=loss, reduction=step.reduction)}
+                stop = self.ends(self.step, bool(terminated))
+                saves = stop or last or self.step % train.checkpoint_every == 0
+                draws = train.sample_every and self.step % train.sample_every == 0 and not last
+                if saves or draws:
+                    self._wait_for_device()  # or what follows would take what is left of the step for its own
+                times.append((step.coupling_ms, step.hidden_ms, 1000 * (time.perf_counter() - began)))
+                if record is not None:
+                    means = map(fmean, zip(*times, strict=True))
+                    record |= zip(("coupling_ms", "hidden_ms", "step_ms"), means, strict=True)
+                    record["lr"] = self.optimizer.param_groups[0]["lr"]
+                    self._log(record)
+                    times.clear()
+                report(self.step, record)
+                if saves:
+                    self.save()
+                if draws:
+                    self.draw(output / "samples" / f"step-{self.step}.png")
+                if stop:
+                    return last
         return True
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _means(self, **values: Tensor) -> dict[str, float]:
         """Average values over the processes."""
         stacked = torch.stack([value.float().to(self.device) for value in values.values()])
         return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
 
-    def _any_process(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)).item())
-
-    def _note_if_bad(self, loss: Tensor) -> None:
-        # With fp16 a step may overflow: it is skipped and the scale halved, until nothing is left to halve.
-        if self.accelerator.scaler is None:
-            # Kept on the device: looking at every loss would stall a GPU.
-            bad = torch.where(loss.isfinite(), torch.inf, float(self.step))
-            self.first_bad_step = torch.minimum(self.first_bad_step, bad)
-
     def _check_finite(self) -> None:
+        losses, self.losses = self.losses, []
+        largest = torch._foreach_norm(self.weights, torch.inf)
+        finite = torch.stack([value.float() for value in largest]).isfinite().all()
+        bad = torch.where(finite, torch.inf, float(self.step))[None]
+        if losses and not self.scaler.is_enabled():
+            steps = torch.arange(self.step - len(losses) + 1, self.step + 1.0, device=self.device)
+            bad = torch.cat([bad, torch.where(torch.stack(losses).isfinite(), torch.inf, steps)])
         # Over all processes, so that they end together.
-        step = self.accelerator.gather(self.first_bad_step[None]).min().item()
-        scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() < 1:
-            step = self.step
-        if math.isinf(step) and not all(p.isfinite().all() for p in self.bare_model.parameters()):
+        step = self.accelerator.gather(bad.min()[None]).min().item()
+        # With fp16 a step may overflow: it is skipped and the scale halved, until nothing is left to halve.
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             step = self.step
         if math.isfinite(step):
             intact = checkpoint.steps(self.checkpoints)
@@ -321,6 +269,7 @@ class Run:
             (output / "recipe.yaml").write_text(self.recipe.text())
             _truncate(output / "metrics.jsonl", self.step)
         self.accelerator.wait_for_everyone()
+        self.pairs.begin(output, found, self.accelerator)
         self._warm_up()
         if self.recipe.train.tracker:
             # TensorBoard takes the name as a folder of the output, others as a project.
@@ -351,17 +300,19 @@ class Run:
 
     def _warm_up(self) -> None:
         """Couple made-up data once: compiling, and imports at first use, would count as time of the first step."""
-        couplings.warmup()
+        with self.accelerator.local_main_process_first():  # the others find on disk what it compiles
+            couplings.warmup()
         rows, number = self.recipe.train.batch_size_per_device, self.accelerator.process_index
         draws = Draws(0, 0, number, self.accelerator.num_processes, self.device)
-        made_up = draws.normal(rows * (1 + self.candidates), *self.objective.shape)
-        self.coupling(made_up[:rows], made_up[rows:])
+        made_up = draws.normal(rows * (1 + self.pairs.candidates), *self.objective.shape)
+        self.pairs.coupling(made_up[:rows], made_up[rows:])
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue with other settings than the run began with."""
         free = {
             "data": {"workers"},
-            "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"},
+            "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"}
+            | {"channels_last", "cudnn_benchmark", "deterministic", "ddp"},
         }
         now, before = self.recipe.sections(), yaml.safe_load((found.folder / "recipe.yaml").read_text())
         for section in ("objective", "data", "model", "optimizer", "coupling", "train"):
@@ -378,8 +329,8 @@ class Run:
         self.bare_model.load_state_dict(found.tensors("model"))
         self.averages.restore({name: found.tensors(name) for name in self.averages.of}, found.state["ema_step"])
         checkpoint.restore_optimizer(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(found.state["scaler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(found.state["scaler"])
         for name, network in self.objective.networks().items():
             network.load_state_dict(found.tensors(name))
         self.step = found.step
@@ -395,17 +346,17 @@ class Run:
         self._check_finite()
         if self.accelerator.is_main_process:
             optimizer, plain = checkpoint.optimizer_state(self.optimizer)
-            scaler = self.accelerator.scaler
             tensors = {
                 "model": self.bare_model.state_dict(),
                 **self.averages.tensors(),
                 "optimizer": optimizer,
+                **self.pairs.tensors(self.step),
                 **{name: network.state_dict() for name, network in self.objective.networks().items()},
             }
             state = {
                 "ema_step": self.averages.steps,
                 "optimizer": plain,
-                "scaler": scaler.state_dict() if scaler is not None else None,
+                "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             }
             checkpoint.save(self.checkpoints, self.step, tensors, state, {"recipe.yaml": self.recipe.text()})
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_last)
@@ -455,24 +406,3 @@ def _truncate(path: Path, step: int) -> None:
     replacement = path.with_suffix(".partial")
     replacement.write_text("".join(kept))
     replacement.replace(path)
-
-
-@contextmanager
-def _termination() -> Iterator[list[int]]:
-    """Collect SIGTERM: the loop saves and ends in order when a cluster takes the machine back."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def end(number: int, frame: object) -> None:
-        received.append(number)
-        # The same signal may end the loading processes. The loader finds out when it waits for one of them; the handler
-        # that torch set would raise wherever the training process is, also between two halves of a step.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -82,7 +82,9 @@ def plan(recipe: Recipe, argv: list[str]) -> str:
         "global batch": f"{batch} rows a step",
         "device batch": f"{rows} rows at once: {batch} = {rows} x {processes} x {accumulation} "
         "(rows at once x processes x accumulated)",
-        "OT batch": f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, "
+        "OT batch": "the whole dataset, by a plan that is read or fitted when the run begins"
+        if section.method == "semidiscrete"
+        else f"{coupled_rows(recipe)} rows coupled together ({section.scope}) by {section.method}, "
         f"{section.metric}{rounded}",
         "steps": f"{train.steps:,} = {epochs}",
         "coupling": _coupling(recipe, objective.shape, accumulation),
@@ -201,12 +203,14 @@ def _stated(found: int, stated: int | None) -> str:
 
 def coupled_rows(recipe: Recipe) -> int:
     """Return how many rows are coupled together: the OT batch."""
-    train = recipe.train
-    return train.global_batch_size if recipe.coupling.scope == "global" else train.batch_size_per_device
+    train, section = recipe.train, recipe.coupling
+    return section.window * (train.global_batch_size if section.scope == "global" else train.batch_size_per_device)
 
 
 def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats: int = 5) -> str:
     """Measure the coupling of one step on this machine's processor."""
+    if recipe.coupling.method == "semidiscrete":
+        return "nothing in a step: the pairs of an epoch are made at its beginning"
     pooled, rows = recipe.coupling.scope == "global", coupled_rows(recipe)
     alone = dataclasses.replace(recipe, coupling=dataclasses.replace(recipe.coupling, scope="local"))
     coupling, generator = build_coupling(alone), torch.Generator().manual_seed(0)
@@ -218,10 +222,12 @@ def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats
         coupling(data, noise)
         seconds.append(time.perf_counter() - start)
     times = 1 if pooled else accumulation
-    milliseconds = 1000 * statistics.median(seconds[1:]) * times
+    window = recipe.coupling.window
+    milliseconds = 1000 * statistics.median(seconds[1:]) * times / window
+    every = f", every {window} steps" if window > 1 else ""
     told = "the exchange between processes not counted" if pooled else "the matrix product is faster on a GPU"
     return (
-        f"{milliseconds:.1f} ms a step: {times} of {rows} rows of {_shape(shape)}, median of {repeats} on this "
+        f"{milliseconds:.1f} ms a step: {times} of {rows} rows of {_shape(shape)}{every}, median of {repeats} on this "
         f"processor with {torch.get_num_threads()} threads; {told}"
     )
 
@@ -236,7 +242,7 @@ def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: in
         "gradients": trained,
         "optimizer": 2 * trained,
         f"averages ({averages})": whole * averages,
-        "batch, costs": 4 * ((rows + noises) * values + rows * noises),
+        "batch, costs": 4 * (2 * (rows + noises) * values + rows * noises),  # of the present and the next window
     }
     if processes > 1:
         pieces["DDP buckets"] = trained

@@ -55,6 +55,13 @@ class Draws:
         """Return a fresh generator for ``purpose``: one of `PURPOSES`."""
         return torch.Generator(device or self.device).manual_seed(self.address(purpose))
 
+    def seed_network(self) -> None:
+        """Seed the global generators that a network draws from, for dropout: those of the host and of the device."""
+        seed = self.address("network")
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def normal(self, *shape: int) -> torch.Tensor:
         """Draw the block's noise."""
         return torch.randn(*shape, generator=self.generator("noise"), device=self.device)

@@ -113,22 +113,28 @@ class StableDiffusionObjective(DiffusionObjective):
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.caption_width = text_encoder.config.hidden_size
         self.captions = ["", *source.classes]
-        self._told: dict[int, Tensor] = {}
+        self._told: Tensor | None = None  # embeddings of the captions, made at first use
 
     def describe(self, labels: Tensor) -> Tensor:
         """Return ``(n, tokens, caption_width)`` embeddings of the classes' names; label -1 is the empty caption."""
-        for label in set(labels.tolist()) - self._told.keys():
-            tokens = self.tokenizer(
-                self.captions[label + 1],
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            with torch.no_grad():
-                # In evaluation mode and one at a time: a caption's embedding depends on nothing else.
-                self._told[label] = self.text_encoder(tokens.input_ids.to(labels.device))[0][0].float()
-        return torch.stack([self._told[label] for label in labels.tolist()])
+        if self._told is None or self._told.device != labels.device:
+            self._told = self._embeddings(labels.device)
+        return self._told[labels + 1]
+
+    def _embeddings(self, device: torch.device) -> Tensor:
+        """Return the embeddings of all captions that the recipe may ask for."""
+        told = self.captions if self.config.caption == "class" else self.captions[:1]
+        tokens = self.tokenizer(
+            told,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            # In evaluation mode and one at a time: a caption's embedding depends on nothing else.
+            rows = tokens.input_ids.to(device).split(1)
+            return torch.cat([self.text_encoder(row)[0].float() for row in rows])
 
     def encode(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return scaled latents of images in [-1, 1]."""

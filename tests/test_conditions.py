@@ -260,3 +260,14 @@ def test_many_small_classes_are_each_coupled_as_alone(seed, classes):
     for c in labels.unique():
         mine = labels == c
         assert torch.equal(coupled.noise[mine], couple(data[mine], noise[mine]).noise)
+
+
+@pytest.mark.parametrize("method", ["auction", "hungarian", "greedy", "sinkhorn", "sliced"])
+@pytest.mark.parametrize("tagged", [False, True])
+def test_classes_that_arrive_with_the_costs_change_nothing(method, tagged, monkeypatch):
+    """As they do from a device: the costs of all pairs are made, and those within classes taken on the host."""
+    data, noise, labels = gaussian(40, 6, seed=1), gaussian(40, 6, seed=2), torch.arange(40) % 5 % 3
+    own = {"noise_condition": labels[torch.randperm(40, generator=torch.Generator().manual_seed(3))]} if tagged else {}
+    known = couple(data, noise, method, condition=labels, **own)
+    monkeypatch.setattr(couplings.conditions.Conditions, "away", True)
+    assert torch.equal(couple(data, noise, method, condition=labels, **own).index, known.index)

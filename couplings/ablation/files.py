@@ -1,8 +1,14 @@
-"""Arrays in files: `.npy`, `.npz`, `.pt` and `.safetensors`, read without unpickling and written atomically."""
+"""Arrays in files: `.npy`, `.npz`, `.pt` and `.safetensors`, read without unpickling and written atomically.
+
+Whole datasets are read as well from folders of idx files, as the MNIST family comes in; `.npy` files stay on disk.
+"""
 
 from __future__ import annotations
 
+import gzip
+import math
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,8 +20,9 @@ from torch import Tensor
 
 from couplings._files import check_target, written_atomically
 from couplings._names import unknown
+from couplings.inputs import Array
 
-__all__ = ["SUFFIXES", "check_output", "read_array", "split_key", "write_arrays"]
+__all__ = ["SUFFIXES", "check_output", "read_array", "read_classes", "read_dataset", "split_key", "write_arrays"]
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
@@ -61,6 +68,55 @@ def read_array(spec: str) -> Tensor:
             if isinstance(value, Tensor):
                 return value
             return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
+
+
+def read_dataset(spec: str) -> Array:
+    """Read a whole dataset onto the CPU; bytes are taken for images and scaled, ``x / 127.5 - 1`` in float32.
+
+    Parameters
+    ----------
+    spec : str
+        ``FILE`` or ``FILE:key`` as for `read_array`, but ``.npy`` is mapped from disk; or a folder with
+        ``train-images-idx3-ubyte``, gzipped or not, of which ``(n, 1, h, w)`` is made.
+    """
+    if Path(spec).is_dir():
+        data: Array = torch.from_numpy(_read_idx(Path(spec) / "train-images-idx3-ubyte"))[:, None]
+    elif spec.lower().endswith(".npy") and Path(spec).is_file():
+        with _clear_errors(Path(spec)):
+            data = np.lib.format.open_memmap(spec, mode="r")
+    else:
+        data = read_array(spec)
+    if str(data.dtype).endswith("uint8"):
+        pixels = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))
+        data = pixels.float().div_(127.5).sub_(1.0)
+    return data
+
+
+def read_classes(spec: str) -> Tensor:
+    """Read classes: a file of integers, or a folder with ``train-labels-idx1-ubyte``, gzipped or not."""
+    if Path(spec).is_dir():
+        return torch.from_numpy(_read_idx(Path(spec) / "train-labels-idx1-ubyte"))
+    return read_array(spec)
+
+
+def _read_idx(path: Path) -> Any:
+    """Read an idx file of bytes: two zeros, the type, the number of axes, their lengths, the bytes."""
+    found = [file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()]
+    if not found:
+        msg = f"{path}: no such file, nor with .gz."
+        raise FileNotFoundError(msg)
+    try:
+        content = found[0].read_bytes()
+        content = gzip.decompress(content) if found[0].suffix == ".gz" else content
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        content = b""
+    axes = int(path.name.partition("-idx")[2][0])
+    head, values = content[: 4 + 4 * axes], content[4 + 4 * axes :]
+    lengths = [int.from_bytes(head[at : at + 4]) for at in range(4, len(head), 4)]
+    if head[:4] != bytes([0, 0, 8, axes]) or len(lengths) != axes or math.prod(lengths) != len(values):
+        msg = f"{found[0]} is no complete idx file of bytes."
+        raise ValueError(msg)
+    return np.frombuffer(values, np.uint8).reshape(lengths).copy()
 
 
 @contextmanager

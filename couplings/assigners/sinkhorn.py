@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from couplings._transfer import to_host
 from couplings.assigners.method import Assignment
 from couplings.assigners.randomness import seeded_by
 
@@ -80,7 +81,7 @@ def assign(
         if (reg, max_iterations) not in _logged:
             _logged.add((reg, max_iterations))
             logger.warning(msg)
-    index = _draw(plan, generator or seeded_by(plan.log_v[None]), replace=draw == "rows")
+    index = _draw(plan, generator, replace=draw == "rows")
     return Assignment(index, marginal="resampled" if draw == "rows" else None)
 
 
@@ -226,14 +227,15 @@ def _balance(kernel: Tensor, max_iterations: int) -> tuple[Tensor, Tensor, float
         plain = torch.where(worse, plain, new)
 
 
-def _draw(plan: Plan, generator: torch.Generator, *, replace: bool) -> Tensor:
+def _draw(plan: Plan, generator: torch.Generator | None, *, replace: bool) -> Tensor:
     """Draw a column for each row, rows in random order, with or without replacement."""
     from couplings.kernels.sinkhorn import draw
 
-    n = len(plan.scaled)
-    order = torch.randperm(n, generator=generator, device=generator.device)
-    uniforms = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
-    arrays = (t.numpy(force=True) for t in (plan.kernel, plan.u, plan.v, plan.scaled, plan.log_v, order, uniforms))
+    kernel, u, v, scaled, log_v = to_host(plan.kernel, plan.u, plan.v, plan.scaled, plan.log_v)
+    generator = generator or seeded_by(log_v[None])
+    order = torch.randperm(len(u), generator=generator, device=generator.device)
+    uniforms = torch.rand(len(u), generator=generator, device=generator.device, dtype=torch.float64)
+    arrays = (t.numpy() for t in (kernel, u, v, scaled, log_v, *to_host(order, uniforms)))
     return torch.from_numpy(draw(*arrays, replace))
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from couplings._transfer import to_device
 from couplings.distances import Metric, pair_costs
 
 _PRIVATE_SEED = 0x5EED
@@ -89,7 +90,7 @@ def _random_directions(noise: Tensor, count: int, generator: torch.Generator | N
     """
     source = generator or torch.Generator().manual_seed(_PRIVATE_SEED)
     draws = torch.randn(noise.shape[1], count, generator=source, device=source.device, dtype=torch.float32)
-    basis = draws.to(noise.device).double()
+    basis = to_device(draws, noise.device).double()
     return basis if generator is not None else torch.where(noise[:1].T < 0, -basis, basis)
 
 

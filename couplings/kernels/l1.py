@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._jit import jit
-from ._threads import over_rows
+from ._threads import over_rows, worthwhile
 
 __all__ = ["cdist_l1"]
 
@@ -113,5 +113,6 @@ def cdist_l1(x: npt.NDArray[Any], y: npt.NDArray[Any], *, threads: int = 1) -> n
     rows.flags.writeable = columns.flags.writeable = False
     out = np.empty((len(x), len(y)), x.dtype)
     zero = x.dtype.type(0)  # keeps the sums in the operands' precision
+    threads = worthwhile(threads, len(x) * columns.size)
     over_rows(lambda a, b: tiles(rows, columns, out, zero, a, b), len(x), threads)
     return out

@@ -8,11 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ._jit import jit
-from ._threads import over_rows
+from ._threads import over_rows, worthwhile
 
 __all__ = ["pair_distances"]
-
-SERIAL = 4_000_000  # fewer numbers are read sooner than a thread starts, and finds a core that OpenMP has let go of
 
 # Sums may be reordered, which lets them run in vector registers; they are float64, so it changes nothing that shows.
 _reordered = jit(fastmath={"reassoc", "nsz", "contract"})
@@ -82,7 +80,6 @@ def pair_distances(
     out = np.empty(len(x))
     a, b = np.ascontiguousarray(x), np.ascontiguousarray(y)
     kernel = _KERNELS[kind]
-    if a.size < SERIAL:
-        threads = 1
+    threads = worthwhile(threads, a.size // 2)  # a pass over both takes no longer than one over costs does
     over_rows(lambda first, last: kernel(a, b, index, out, first, last), len(x), threads)
     return out

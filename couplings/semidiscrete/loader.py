@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from couplings.noise import normal, row_seeds
-from couplings.semidiscrete.ascent import STREAMS
+from couplings.noise import STREAMS, normal, row_seeds
 from couplings.semidiscrete.rows import rows_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class PairLoader:
     """What `Semidiscrete.loader` returns: an iterable of ``(batch, noise)``, that can be resumed in the middle.
 
     An epoch is as many noise rows as there is data, each with the data row that it picked. Its noise is a function of
-    the seed and of the number of the epoch; noise row i is ``couplings.noise.normal(seeds, shape)[i]``.
+    the seed and of the number of the epoch; noise row i is ``couplings.noise.normal(seeds, shape)[i]``, on the device
+    where the plan searches.
 
     Attributes
     ----------
@@ -50,6 +52,7 @@ class PairLoader:
         *,
         seed: int,
         balanced: bool,
+        mirror: Callable[[Any], Any] | None,
         rank: int | None,
         world_size: int | None,
         options: dict[str, Any],
@@ -68,8 +71,9 @@ class PairLoader:
                 f"{self.world_size} ranks, got {batch_size}."
             )
             raise ValueError(msg)
-        _ = plan.parts  # refused without data
-        self.plan, self.dataset, self.batch_size = plan, dataset, batch_size
+        self._device = plan.parts[0].rows.device  # refused without data
+        self.plan, self.batch_size = plan, batch_size
+        self.dataset: Any = _Mirrored(dataset, mirror or _flipped) if plan.mirrored else dataset
         self.seed, self.balanced, self._options = seed, balanced, options
         self.epoch, self.moved = 0, None if balanced else 0
         self._handed = 0
@@ -89,7 +93,7 @@ class PairLoader:
             **self._options,
         )
         for rows, batch in zip(batches, loader, strict=True):
-            noise = normal(pairs[0][rows], self.plan.shape)
+            noise = normal(pairs[0][rows], self.plan.shape, device=self._device)
             self._handed += 1
             yield batch, noise
         self.epoch, self._handed = self.epoch + 1, 0
@@ -100,7 +104,7 @@ class PairLoader:
         Returns
         -------
         seeds, index : (N,) int64 Tensor
-            Of the noise, for `couplings.noise.normal`, and of the data rows.
+            Of the noise, for `couplings.noise.normal`, and of the data rows, as `Semidiscrete.assign` numbers them.
         """
         plan, count = self.plan, len(self.plan)
         seeds = row_seeds(self.seed, epoch * count, count, stream=STREAMS["epoch"])
@@ -112,10 +116,10 @@ class PairLoader:
             mine = torch.arange(count) if plan.classes is None else rows_of(plan.classes[order], part.label)
             for some in torch.split(mine, _ASSIGNED):
                 classes = None if part.label is None else torch.full((len(some),), part.label)
-                index[some] = plan.assign(normal(seeds[some], plan.shape), classes).cpu()
+                index[some] = plan.assign(normal(seeds[some], plan.shape, device=self._device), classes).cpu()
             if self.balanced:
                 even = balance(part, seeds[mine], index[mine], plan.shape, order)
-                self.moved += int((even != index[mine]).sum())
+                self.moved += int((even % count != index[mine] % count).sum())
                 index[mine] = even
         if self.balanced:
             logger.info("epoch %d: %d of %d noise rows moved to use the data equally often", epoch, self.moved, count)
@@ -145,6 +149,32 @@ class PairLoader:
         return [torch.arange(a, b).tensor_split(self.world_size)[self.rank] for a, b in pairwise(cuts)]
 
 
+@dataclass(frozen=True)
+class _Mirrored:
+    """A dataset in which row ``N + j`` is row j flipped."""
+
+    dataset: Any
+    mirror: Callable[[Any], Any]
+
+    def __getitem__(self, index: int) -> Any:
+        turned, row = divmod(index, len(self.dataset))
+        item = self.dataset[row]
+        return self.mirror(item) if turned else item
+
+
+def _flipped(item: Any) -> Any:
+    """Flip a tensor or an array along its last axis; of a tuple, such as an image and its label, the first element."""
+    if isinstance(item, tuple | list) and item:
+        values = (_flipped(item[0]), *item[1:])
+        return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
+    if isinstance(item, Tensor):
+        return item.flip(-1)
+    if isinstance(item, np.ndarray):
+        return item[..., ::-1].copy()
+    msg = f"the data is mirrored, and it is not known how to flip {type(item).__name__}: pass mirror=, a function."
+    raise TypeError(msg)
+
+
 def balance(part: Part, seeds: Tensor, index: Tensor, shape: tuple[int, ...], order: Tensor) -> Tensor:
     """Move noise from rows that were picked too often to those that were not picked, so that each is used once.
 
@@ -161,7 +191,7 @@ def balance(part: Part, seeds: Tensor, index: Tensor, shape: tuple[int, ...], or
     Returns
     -------
     (n,) int64 Tensor
-        Each row of the part once.
+        Each row of the part once, flipped or not.
 
     Notes
     -----
@@ -171,8 +201,13 @@ def balance(part: Part, seeds: Tensor, index: Tensor, shape: tuple[int, ...], or
     """
     from couplings.coupling import couple
 
+    def nearer_of_both(x: Tensor, z: Tensor) -> Tensor:
+        return -torch.maximum(x @ z.T, x @ part.rows.flipped(z).T)
+
+    metric = nearer_of_both if part.rows.mirrored else "sqeuclidean"
     size = len(order)
-    picks = torch.bincount(index, minlength=size)
+    picked = index % size
+    picks = torch.bincount(picked, minlength=size)
     members = torch.arange(size) if part.members is None else part.members
     place = torch.full((size,), -1)
     place[members] = torch.arange(len(members))
@@ -180,7 +215,7 @@ def balance(part: Part, seeds: Tensor, index: Tensor, shape: tuple[int, ...], or
     ordered = order[belongs]
     often, never = ordered[picks[ordered] > 1], ordered[picks[ordered] == 0]
     # Noise rows sorted by the data row that they picked; those of row j begin at begins[j].
-    by_row = index.argsort(stable=True)
+    by_row = picked.argsort(stable=True)
     begins = picks.cumsum(0) - picks
     result = index.clone()
     ends = picks[often].cumsum(0)
@@ -193,9 +228,10 @@ def balance(part: Part, seeds: Tensor, index: Tensor, shape: tuple[int, ...], or
         noise_rows = torch.cat([by_row[int(begins[j]) : int(begins[j] + picks[j])] for j in block])
         spare = len(noise_rows) - len(block)
         data_rows = torch.cat([block, never[free : free + spare]])
-        z = normal(seeds[noise_rows], shape).reshape(len(noise_rows), -1)
-        chosen = couple(part.rows.take(place[data_rows]), z.to(part.rows.device)).index.cpu()
-        result[noise_rows[chosen]] = data_rows
+        z = normal(seeds[noise_rows], shape, device=part.rows.device).reshape(len(noise_rows), -1)
+        chosen = couple(part.rows.take(place[data_rows]), z, metric=metric).index
+        facing = part.rows.facing(place[data_rows].to(z.device), z[chosen]).cpu()
+        result[noise_rows[chosen.cpu()]] = part.number(facing, size)
         free, start = free + spare, stop
     return result
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +17,7 @@ from torch import Tensor
 from couplings.inputs import Array
 from couplings.semidiscrete import storage
 from couplings.semidiscrete.ascent import State, ascend, start
+from couplings.semidiscrete.progress import reporting
 from couplings.semidiscrete.rows import Rows, hash_rows, rows_of
 from couplings.semidiscrete.search import Search
 
@@ -53,13 +50,20 @@ class Part:
     members: Tensor | None
     rows: Rows
 
+    def number(self, index: Tensor, count: int) -> Tensor:
+        """Find the numbers of rows of the part, flipped or not, in a dataset of `count` rows."""
+        if self.members is None:
+            return index
+        return self.members[index % self.rows.count] + index // self.rows.count * count
+
 
 @dataclass(frozen=True, eq=False)
 class Semidiscrete:
     """A coupling of normal noise with a whole dataset: each noise row picks the data row it trains with.
 
-    Noise z picks the row j of highest ``potentials[j] + <x_j, z>``; given its class, among the rows of that class. The
-    noise is used as it was drawn, so its law is exact; how evenly the data is used is what `chi2` measures.
+    Noise z picks the row j of highest ``potentials[j] + <x_j, z>``; given its class, among the rows of that class.
+    Where the data is mirrored, x_j is the nearer one of the row and the flipped row. The noise is used as it was drawn,
+    so its law is exact; how evenly the data is used is what `chi2` measures.
 
     Attributes
     ----------
@@ -73,6 +77,8 @@ class Semidiscrete:
         Of a row.
     fingerprint : str
         Of the data.
+    mirrored : bool
+        Whether each row counts flipped along its last axis as well.
     """
 
     potentials: Tensor
@@ -80,6 +86,7 @@ class Semidiscrete:
     classes: Tensor | None
     shape: tuple[int, ...]
     fingerprint: str
+    mirrored: bool = False
     _parts: list[Part] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -120,7 +127,8 @@ class Semidiscrete:
         Returns
         -------
         (n,) int64 Tensor or array
-            Numbers of data rows, where the noise is. Of rows that equal each other the noise chooses one evenly.
+            Numbers of data rows, where the noise is; with mirrored data, ``N + j`` is row j flipped. Of rows that equal
+            each other the noise chooses one evenly.
 
         Raises
         ------
@@ -158,11 +166,11 @@ class Semidiscrete:
         index = torch.empty(len(z), dtype=torch.int64)
         for part, potentials in zip(self.parts, self._by_part, strict=True):
             if labels is None:
-                index = _assign(part, potentials, z)
+                index = _assign(part, potentials, z, len(self))
             else:
                 mine = rows_of(labels, part.label)
                 if len(mine):
-                    index[mine] = _assign(part, potentials, z[mine.to(z.device)])
+                    index[mine] = _assign(part, potentials, z[mine.to(z.device)], len(self))
         return index.numpy() if isinstance(noise, np.ndarray) else index.to(given.device)
 
     def _labels(self, classes: Any, count: int) -> Tensor | None:
@@ -188,7 +196,7 @@ class Semidiscrete:
         Parameters
         ----------
         rows : int
-            Noise rows to measure on, at least 1,024.
+            Noise rows to measure on, at least 2,048.
         seed : int
         """
         from couplings.semidiscrete.quality import measure
@@ -202,6 +210,7 @@ class Semidiscrete:
         *,
         seed: int = 0,
         balanced: bool = True,
+        mirror: Callable[[Any], Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         **dataloader_options: Any,
@@ -219,6 +228,9 @@ class Semidiscrete:
         balanced : bool
             Whether every row is used exactly once an epoch. Noise that picked a row picked before moves to one
             that nothing picked, where that costs least.
+        mirror : callable, optional
+            Flips an item of the dataset, where the data is mirrored. By default a tensor or an array is flipped along
+            its last axis, and the first element of a tuple.
         rank, world_size : int, optional
             By default those of the process group, if there is one.
         **dataloader_options
@@ -227,7 +239,8 @@ class Semidiscrete:
         Returns
         -------
         PairLoader
-            Iterate over it: ``(batch, noise)``, as many pairs an epoch as there is data.
+            Iterate over it: ``(batch, noise)``, as many pairs an epoch as there is data. The noise is made where the
+            plan searches, see ``fit(..., device=)``.
         """
         from couplings.semidiscrete.loader import PairLoader
 
@@ -237,6 +250,7 @@ class Semidiscrete:
             batch_size,
             seed=seed,
             balanced=balanced,
+            mirror=mirror,
             rank=rank,
             world_size=world_size,
             options=dataloader_options,
@@ -254,6 +268,7 @@ class Semidiscrete:
         if self.classes is not None:
             tensors["classes"] = self.classes
         about = {"chi2": self.chi2, "shape": list(self.shape), "fingerprint": self.fingerprint}
+        about["mirrored"] = self.mirrored
         storage.write(Path(path), "plan", tensors, about)
 
     @classmethod
@@ -274,31 +289,32 @@ class Semidiscrete:
             If the file is damaged or no plan, or the data is not that of the fit.
         """
         tensors, about = storage.read(Path(path), "plan", ("potentials",))
-        classes, shape = tensors.get("classes"), tuple(about["shape"])
+        classes, shape, mirrored = tensors.get("classes"), tuple(about["shape"]), about["mirrored"]
         parts = None
         if data is not None:
             if tuple(data.shape) != (len(tensors["potentials"]), *shape):
                 expected = (len(tensors["potentials"]), *shape)
                 msg = f"{path} was fitted to data of shape {expected}, got {tuple(data.shape)}."
                 raise ValueError(msg)
-            parts = _parts_of(data, classes, device)
+            parts = _parts_of(data, classes, device, mirrored)
             if fingerprint_of(parts) != about["fingerprint"]:
                 msg = f"{path} was fitted to other data: its values differ. Pass that data, or fit again."
                 raise ValueError(msg)
-        return cls(tensors["potentials"], about["chi2"], classes, shape, about["fingerprint"], parts)
+        return cls(tensors["potentials"], about["chi2"], classes, shape, about["fingerprint"], mirrored, parts)
 
 
 def fit(
     data: Array,
     *,
     classes: Any = None,
+    mirrored: bool = False,
     batch_size: int = 1024,
     steps: int | None = None,
     tolerance: float = 0.05,
     seed: int = 0,
     device: Any = None,
     group: Any = None,
-    progress: bool = False,
+    progress: bool | Callable[[float, str], None] = False,
     checkpoint: str | Path | None = None,
 ) -> Semidiscrete:
     """Couple standard normal noise with a dataset by semidiscrete optimal transport.
@@ -309,6 +325,9 @@ def fit(
         Floating, float16 too; read in chunks and never copied whole, so that a memmap will do.
     classes : (N,) integer Tensor or array, optional
         Noise then picks among the rows of its own class.
+    mirrored : bool
+        Whether each row counts flipped along its last axis as well, without being stored twice. The law of the noise
+        is the same flipped, and a row and its mirror image are picked equally often by themselves.
     batch_size : int
         Noise rows of a step, rounded up to a multiple of 8.
     steps : int, optional
@@ -320,8 +339,9 @@ def fit(
         Where to compute; by default where the data is.
     group : ProcessGroup, optional
         Ranks to share the search. Every one passes the same data, such as one memmap, and gets the same plan.
-    progress : bool
-        Whether to show a bar, with tqdm if that is installed, else to log each measurement at INFO.
+    progress : bool or callable
+        Whether to show a bar and the time left, with tqdm if that is installed, else to log each measurement at INFO.
+        A callable is given an estimate of the share of the work that is done, and a line with step and chi^2.
     checkpoint : path, optional
         A file to keep the state in. If it is there the fit goes on from it, as if it had never stopped.
 
@@ -341,8 +361,13 @@ def fit(
     Notes
     -----
     A step is a product of ``batch_size`` noise rows with all data, O(batch_size N d), from which 30 picks a row are
-    read. Beside the data, memory is O(N + batch_size d) and a chunk. If the tolerance is not reached a warning is
-    logged, and the plan has the `chi2` that was.
+    read. Beside the data, memory is O(N + batch_size d) and a chunk. A GPU keeps the data, in its own type, where it
+    fills at most half of the free memory; larger data comes through pinned memory at every step. If the tolerance is
+    not reached a warning is logged, and the plan has the `chi2` that was.
+
+    While the scores of the best two rows are far enough apart, products of a step are rounded to bfloat16 (errors about
+    2^-9 of a score, a small part of that gap), on GPUs and processors that have it. chi^2 and picks of the plan are
+    measured in float32, by the process's own setting of float32 products.
 
     References
     ----------
@@ -350,26 +375,26 @@ def fit(
     """
     steps = _STEPS if steps is None else steps
     ranks = _ranks(group)
-    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "mirrored": mirrored}
 
     def prepare() -> tuple[Tensor | None, list[Part]]:
         _check_options(batch_size, steps, tolerance)
         if checkpoint is not None:
             storage.require()
         labels = None if classes is None else check_classes(classes, len(data))
-        return labels, _parts_of(data, labels, device)
+        return labels, _parts_of(data, labels, device, mirrored)
 
     labels, parts = _agreed(ranks, prepare, {**settings, "steps": steps, "tolerance": tolerance})
     fingerprint = settings["fingerprint"] = fingerprint_of(parts)
     states = _resumed(checkpoint, settings, parts)
-    with _reporting(progress, len(parts)) as report:
+    with reporting(progress, len(parts), steps, tolerance) as report:
         for number, part in enumerate(parts):
             search = Search(part.rows, ranks)
             if number == len(states):
                 states.append(start(part.rows, search, seed))
 
             def checked(state: State, number: int = number) -> None:
-                report(number, state)
+                report.measured(number, state)
                 if checkpoint is not None and (ranks is None or ranks.rank == 0):
                     _write_checkpoint(Path(checkpoint), settings, states)
 
@@ -382,6 +407,7 @@ def fit(
                 tolerance=tolerance,
                 seed=seed,
                 checked=checked,
+                stepped=partial(report.stepped, number),
             )
             if states[number].chi2 >= tolerance:
                 logger.warning(
@@ -396,7 +422,7 @@ def fit(
     for part, state in zip(parts, states, strict=True):
         potentials[slice(None) if part.members is None else part.members] = (state.average - state.average.mean()).cpu()
     chi2 = sum(part.rows.count * state.chi2 for part, state in zip(parts, states, strict=True)) / len(data)
-    return Semidiscrete(potentials, chi2, labels, tuple(data.shape[1:]), fingerprint, parts)
+    return Semidiscrete(potentials, chi2, labels, tuple(data.shape[1:]), fingerprint, mirrored, parts)
 
 
 def check_classes(classes: Any, count: int) -> Tensor:
@@ -421,14 +447,14 @@ def fingerprint_of(parts: list[Part]) -> str:
     return digest.hexdigest()
 
 
-def _assign(part: Part, potentials: Tensor, noise: Tensor) -> Tensor:
+def _assign(part: Part, potentials: Tensor, noise: Tensor, count: int) -> Tensor:
     z = noise.to(part.rows.device)
     index = Search(part.rows).highest(potentials, z)[1][:, 0]
     if part.rows.copies is not None:
         first, turn = part.rows.copies, hash_rows(z)[:, 0] & 0x7FFFFFFFFFFFFFFF
         begin, size = first.begin[index], first.size[index]
         index = first.order[begin + turn % size]
-    return index.cpu() if part.members is None else part.members[index.cpu()]
+    return part.number(part.rows.facing(index, z).cpu(), count)
 
 
 def _ranks(group: Any) -> Ranks | None:
@@ -451,14 +477,14 @@ def _check_options(batch_size: object, steps: object, tolerance: float) -> None:
         raise ValueError(msg)
 
 
-def _parts_of(data: Array, labels: Tensor | None, device: Any) -> list[Part]:
+def _parts_of(data: Array, labels: Tensor | None, device: Any, mirrored: bool) -> list[Part]:
     where = None if device is None else torch.device(device)
     if labels is None:
-        return [Part(None, None, Rows(data, where))]
+        return [Part(None, None, Rows(data, where, mirrored=mirrored))]
     found = []
     for label in torch.unique(labels).tolist():
         members = rows_of(labels, label)
-        found.append(Part(label, members, Rows(data, where, members)))
+        found.append(Part(label, members, Rows(data, where, members, mirrored=mirrored)))
     return found
 
 
@@ -510,30 +536,3 @@ def _write_checkpoint(path: Path, settings: dict[str, Any], states: list[State])
         tensors |= {f"potentials.{k}": state.potentials, f"average.{k}": state.average}
         numbers.append({name: getattr(state, name) for name in ("step", "next_check", "gap", "chi2", "rough")})
     storage.write(path, "checkpoint", tensors, {"settings": settings, "states": numbers})
-
-
-@contextmanager
-def _reporting(progress: bool, parts: int) -> Iterator[Callable[[int, State], None]]:
-    """Report each measurement: on a bar if one is wanted and tqdm is there, else in the log."""
-    begun = time.perf_counter()
-    bar: Any = None
-    if progress and importlib.util.find_spec("tqdm") is not None:
-        tqdm = importlib.import_module("tqdm.auto").tqdm
-
-        bar = tqdm(desc="fit", unit="step")
-
-    def report(number: int, state: State) -> None:
-        of_class = f"class {number + 1} of {parts}, " if parts > 1 else ""
-        if bar is None:
-            level = logging.INFO if progress else logging.DEBUG
-            seconds = time.perf_counter() - begun
-            logger.log(level, "%sstep %d: chi^2 %.4g after %.1f s", of_class, state.step, state.chi2, seconds)
-        else:
-            bar.set_postfix_str(f"{of_class}chi^2 {state.chi2:.3f}", refresh=False)
-            bar.update(state.step - bar.n if parts == 1 else 1)
-
-    try:
-        yield report
-    finally:
-        if bar is not None:
-            bar.close()

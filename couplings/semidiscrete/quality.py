@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from couplings.noise import normal, row_seeds
-from couplings.semidiscrete.ascent import STREAMS
+from couplings.noise import STREAMS, normal, row_seeds
 from couplings.semidiscrete.search import GROUP, Search
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Quality:
         Mean squared Euclidean distance of noise and the data row that it picks.
     independent : float
         The same for data rows drawn at random.
-    minibatch_128, minibatch_1024 : float
+    minibatch_128, minibatch_1024, minibatch_2048 : float
         The same for exact couplings of minibatches of so many rows, or of all rows where there are fewer.
     used : float
         Share of the data rows that at least one of ``16 N`` picks, or of 30,720, falls on.
@@ -43,6 +42,7 @@ class Quality:
     independent: float
     minibatch_128: float
     minibatch_1024: float
+    minibatch_2048: float
     used: float
     gap: float
     rows: int
@@ -54,23 +54,23 @@ def measure(plan: Semidiscrete, rows: int, seed: int) -> Quality:
     Raises
     ------
     ValueError
-        If `rows` is below 1,024.
+        If `rows` is below 2,048.
     """
-    if rows < 1024:
-        msg = f"rows= must be at least 1,024, got {rows}."
+    if rows < 2048:
+        msg = f"rows= must be at least 2,048, got {rows}."
         raise ValueError(msg)
     generator = torch.Generator().manual_seed(seed)
-    distances = dict.fromkeys(("plan", "independent", "128", "1024"), 0.0)
+    distances = dict.fromkeys(("plan", "independent", "128", "1024", "2048"), 0.0)
     used, gap = 0, 0.0
     for part, potentials in zip(plan.parts, plan._by_part, strict=True):
         share = part.rows.count / len(plan)
         mine = max(GROUP, round(rows * share))
         z = _noise(part, seed, 0, mine)
-        picked = Search(part.rows).highest(potentials, z)[1][:, 0]
+        picked = part.rows.facing(Search(part.rows).highest(potentials, z)[1][:, 0], z)
         distances["plan"] += share * _distance(part, picked, z)
         drawn = _drawn(part, mine, generator)
         distances["independent"] += share * _distance(part, drawn, z)
-        for size in (128, 1024):
+        for size in (128, 1024, 2048):
             distances[str(size)] += share * _minibatch_distance(part, drawn, z, size)
         hit, excess = _spread(part, potentials, seed, mine)
         used += hit
@@ -80,6 +80,7 @@ def measure(plan: Semidiscrete, rows: int, seed: int) -> Quality:
         independent=distances["independent"],
         minibatch_128=distances["128"],
         minibatch_1024=distances["1024"],
+        minibatch_2048=distances["2048"],
         used=used / len(plan),
         gap=abs(gap) / distances["plan"],
         rows=rows,
@@ -95,9 +96,12 @@ def _noise(part: Part, seed: int, first: int, count: int) -> Tensor:
 
 
 def _drawn(part: Part, count: int, generator: torch.Generator) -> Tensor:
-    """Draw data rows as an epoch does: all, in random order, before any comes again."""
-    orders = [torch.randperm(part.rows.count, generator=generator) for _ in range(-(-count // part.rows.count))]
-    return torch.cat(orders)[:count].to(part.rows.device)
+    """Draw data rows as an epoch does: all, in random order, before any comes again; half of them flipped."""
+    every = part.rows.count
+    drawn = torch.cat([torch.randperm(every, generator=generator) for _ in range(-(-count // every))])[:count]
+    if part.rows.mirrored:
+        drawn += every * torch.randint(2, drawn.shape, generator=generator)
+    return drawn.to(part.rows.device)
 
 
 def _distance(part: Part, index: Tensor, noise: Tensor) -> float:

@@ -18,6 +18,9 @@ __all__ = ["Copies", "Rows", "hash_rows", "rows_of"]
 
 # Values of a chunk: 8 MB of float32, which stay in the cache while several blocks of noise are held against them.
 _CHUNK_VALUES = 1 << 21
+_CHUNK_ROWS = 8192
+_CUDA_CHUNKS = 16  # times as large where launches cost more than caches save
+_FREE_MEMORY = 0.5  # of a device, that the rows may fill; larger data is streamed
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Rows:
         Where to compute; by default where the data is.
     subset : (n,) int64 Tensor or None
         Rows to look at; all by default.
+    mirrored : bool
+        Whether each row counts flipped along its last axis as well. Row j flipped has the number ``n + j``.
 
     Attributes
     ----------
@@ -60,25 +65,36 @@ class Rows:
         Of rows and scores: float32, or float64 in one dimension.
     mean : (d,) float64 Tensor
     norms : (n,) Tensor
-        Distances from the mean.
+        Distances from the mean; with `mirrored`, of rows and flipped rows together.
     fingerprint : str
         Of shape and values; float16 and float32 copies of the same values share it.
     copies : Copies or None
-        None if all rows differ.
+        None if all rows differ, flipped or not.
     """
 
-    def __init__(self, data: Array, device: torch.device | None = None, subset: Tensor | None = None) -> None:
-        self.data, self._subset = _checked(data), subset
+    def __init__(
+        self,
+        data: Array,
+        device: torch.device | None = None,
+        subset: Tensor | None = None,
+        *,
+        mirrored: bool = False,
+    ) -> None:
+        self.data, self._subset, self.mirrored = _checked(data), subset, mirrored
         at = self.data.device if isinstance(self.data, Tensor) else torch.device("cpu")
         self.device = device or at
         self.shape = tuple(data.shape[1:])
         self.dim = math.prod(self.shape)
         self.count = len(data) if subset is None else len(subset)
-        self.chunk = min(max(_CHUNK_VALUES // self.dim // 256, 1) * 256, 8192)
+        values = _CHUNK_VALUES * (_CUDA_CHUNKS if self.device.type == "cuda" else 1)
+        self.chunk = min(max(values // self.dim // 256, 1) * 256, _CHUNK_ROWS)
         # On a line the scores of neighbours differ by 1/N^2: less than float32 holds.
         self.dtype = torch.float64 if self.dim == 1 else torch.float32
         self._double = self.dim == 1 or str(data.dtype).endswith("float64")
         self._shift: Tensor | None = None
+        self._held: Tensor | None = None
+        if self.device.type == "cuda" and at.type != "cuda":
+            self._hold()
         self._survey()
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -96,8 +112,25 @@ class Rows:
 
     def take(self, index: Tensor) -> Tensor:
         """Read some rows; ``(n, d)``, as they are for `chunks`."""
-        parts = [self._centred(self._read(part.cpu())) for part in torch.split(index, 8192)]
-        return torch.cat(parts) if parts else torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
+        parts = [self._centred(self._read(part)) for part in torch.split(index % self.count, _CHUNK_ROWS)]
+        rows = torch.cat(parts) if parts else torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
+        if self.mirrored:
+            rows = torch.where((index >= self.count).to(self.device)[:, None], self.flipped(rows), rows)
+        return rows
+
+    def flipped(self, rows: Tensor) -> Tensor:
+        """Flip rows, of data or of noise, along the last axis of their shape; ``(n, d)``."""
+        return rows.reshape(-1, self.shape[-1]).flip(1).view_as(rows)
+
+    def facing(self, index: Tensor, noise: Tensor) -> Tensor:
+        """Find the number of each row, or of the flipped row where that is nearer to the noise; ``(n,)`` int64."""
+        if not self.mirrored:
+            return index
+        numbers = []
+        for part, z in zip(torch.split(index, _CHUNK_ROWS), torch.split(noise, _CHUNK_ROWS), strict=True):
+            turned = torch.linalg.vecdot(self.take(part % self.count), self.flipped(z) - z) > 0
+            numbers.append(part % self.count + self.count * turned.to(part.device))
+        return torch.cat(numbers)
 
     def from_mean(self, rows: Tensor) -> Tensor:
         """Measure rows that were read from the mean, whether or not it was taken off; ``(n, d)`` in their dtype."""
@@ -107,17 +140,41 @@ class Rows:
         """Undo what was taken off rows that were read; ``(n, d)``."""
         return rows if self._shift is None else (rows.double() + self._shift).to(rows.dtype)
 
+    def _hold(self) -> None:
+        """Keep the rows on the device, in the type of the data, if they fit there."""
+        size = self.count * self.dim * self.data.itemsize
+        if size > _FREE_MEMORY * torch.cuda.mem_get_info(self.device)[0]:
+            return
+        held = None
+        for start in range(0, self.count, self.chunk):
+            where = slice(start, min(start + self.chunk, self.count))
+            rows = self._stored(where)
+            if held is None:
+                held = torch.empty(self.count, self.dim, dtype=rows.dtype, device=self.device)
+            held[where] = rows
+        self._held = held
+
     def _read(self, where: slice | Tensor) -> Tensor:
+        if self._held is None:
+            rows = self._stored(where)
+        else:
+            rows = self._held[where.to(self.device) if isinstance(where, Tensor) else where]
+        return rows if self._double else rows.float()
+
+    def _stored(self, where: slice | Tensor) -> Tensor:
+        """Read rows as they are stored; a device copies them from pinned memory, so that the host need not wait."""
         if self._subset is not None:
-            where = self._subset[where]
+            where = self._subset[where.cpu() if isinstance(where, Tensor) else where]
         if isinstance(self.data, Tensor):
             rows = self.data[where.to(self.data.device) if isinstance(where, Tensor) else where].detach()
         else:
-            kind = np.float64 if self._double else np.float32
             # A copy of the chunk: torch would warn of a read-only view.
-            rows = torch.from_numpy(np.array(self.data[where.numpy() if isinstance(where, Tensor) else where], kind))
-        rows = rows.reshape(len(rows), self.dim).to(self.device)
-        return rows if self._double else rows.float()
+            part = self.data[where.cpu().numpy() if isinstance(where, Tensor) else where]
+            rows = torch.from_numpy(np.array(part, self.data.dtype.newbyteorder("=")))
+        rows = rows.reshape(len(rows), self.dim)
+        if self.device.type == "cuda" and rows.device.type == "cpu":
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
     def _centred(self, rows: Tensor) -> Tensor:
         return (rows if self._shift is None else rows - self._shift).to(self.dtype)
@@ -125,7 +182,8 @@ class Rows:
     def _survey(self) -> None:
         """Check that all values are finite; find the mean, the norms and the rows that are equal."""
         total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        hashes = []
+        hashes: list[Tensor] = []
+        flipped: list[Tensor] = []
         for where, rows in self.chunks():
             sums = rows.sum(0, dtype=torch.float64)
             if not bool(torch.isfinite(sums).all()):
@@ -135,13 +193,21 @@ class Rows:
                 raise ValueError(msg)
             total += sums
             hashes.append(hash_rows(rows.float()).cpu())
+            if self.mirrored:
+                flipped.append(hash_rows(self.flipped(rows.float())).cpu())
         self.mean = total / self.count
+        if self.mirrored:
+            self.mean = (self.mean + self.flipped(self.mean)) / 2.0
         self._shift = self.mean if self._double else self.mean.float()
         self.norms = torch.cat([rows.norm(dim=1) for _, rows in self.chunks()])
         # The mean changes no pick, and a small one no digit of a score: then the rows are not copied to take it off.
         if not self._double and float(self.mean.norm()) <= 10.0 * float(self.norms.double().square().mean().sqrt()):
             self._shift = None
-        self.copies = _copies(torch.cat(hashes), self.device)
+        every = torch.cat(hashes)
+        if self.mirrored:
+            other = torch.cat(flipped)
+            every = torch.where((other[:, :1] < every[:, :1]), other, every)
+        self.copies = _copies(every, self.device)
         digest = hashlib.blake2b(repr(self.shape).encode(), digest_size=16)
         digest.update(torch.cat(hashes).numpy().tobytes())
         self.fingerprint = digest.hexdigest()

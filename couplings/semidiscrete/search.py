@@ -23,7 +23,7 @@ __all__ = ["GROUP", "Search"]
 
 GROUP = 8  # noise rows that are combined
 _NOISE_ROWS = 512  # that meet a chunk at a time
-_COMBINED = 1 << 25  # scores of combinations that a device holds at a time
+_COMBINED = 1 << 27  # scores of combinations that a device holds at a time
 
 
 class Search:
@@ -56,7 +56,7 @@ class Search:
         Returns
         -------
         score, index : (n, top) floating and int64 Tensor
-            Highest first.
+            Highest first. Rows that are mirrored have the number that they have unflipped.
         """
         n, noise = len(noise), noise.to(self.rows.dtype)
         best = torch.full((n, top), -math.inf, dtype=noise.dtype, device=noise.device)
@@ -65,6 +65,10 @@ class Search:
             for start in range(0, n, _NOISE_ROWS):
                 part = slice(start, start + _NOISE_ROWS)
                 scores = torch.addmm(potentials[where], noise[part], rows.T)
+                if self.rows.mirrored:
+                    # A flipped row meets noise as the row meets the noise flipped.
+                    other = torch.addmm(potentials[where], self.rows.flipped(noise[part]), rows.T)
+                    scores = torch.maximum(scores, other)
                 if top == 1:
                     value, at = scores.max(1, keepdim=True)
                     better = value > best[part]
@@ -85,7 +89,8 @@ class Search:
         potentials : (N,) Tensor
         noise : (8 * G, d) Tensor
         rough : bool
-            Whether scores may be rounded to bfloat16, on processors that have instructions for it: some 4 times faster.
+            Whether scores may be rounded to bfloat16, on GPUs and processors that have instructions for it: some 4
+            times faster.
 
         Returns
         -------
@@ -97,19 +102,24 @@ class Search:
         if self.rows.dim == 1:
             line = lines @ noise.view(groups, GROUP, 1)
             return self.highest(potentials, torch.cat([line, -line], 1).view(-1, 1))[1].view(groups, -1)
-        rough = rough and noise.device.type == "cpu" and _multiplies_bfloat16()
+        rough = rough and (noise.device.type == "cuda" or _multiplies_bfloat16())
+        if self.rows.mirrored:
+            noise = torch.cat([noise, self.rows.flipped(noise)])
         multiplied = noise.bfloat16() if rough else noise
-        best = torch.full((groups, 2 * len(lines)), -math.inf, device=noise.device)
+        best = torch.full((len(noise) // GROUP, 2 * len(lines)), -math.inf, device=noise.device)
         pick = torch.zeros(best.shape, dtype=torch.int64, device=noise.device)
         for where, rows in self.rows.chunks(self._first, self._last):
             if rough:  # measured from the mean, which would cost digits
                 rows = self.rows.from_mean(rows).bfloat16()
-            for start in range(0, groups, _NOISE_ROWS // GROUP):
+            for start in range(0, len(best), _NOISE_ROWS // GROUP):
                 part = slice(start, start + _NOISE_ROWS // GROUP)
                 product = multiplied[start * GROUP : start * GROUP + _NOISE_ROWS] @ rows.T
                 scores = product.float().view(-1, GROUP, len(rows))
                 take = _read_off_cpu if noise.device.type == "cpu" else _read_off
                 take(scores, potentials[where], lines, where.start, best[part], pick[part])
+        if self.rows.mirrored:
+            pick = torch.where(best[:groups] >= best[groups:], pick[:groups], pick[groups:])
+            best = torch.maximum(best[:groups], best[groups:])
         return self._of_all_ranks(best, pick)[1]
 
     def _of_all_ranks(self, best: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,13 +146,15 @@ def _read_off_cpu(scores: Tensor, potentials: Tensor, lines: Tensor, offset: int
 
 
 def _read_off(scores: Tensor, potentials: Tensor, lines: Tensor, offset: int, best: Tensor, pick: Tensor) -> None:
-    """Do what the kernel does, on any device."""
-    step = max(1, _COMBINED // (2 * len(lines) * scores.shape[2]))
-    for start in range(0, len(scores), step):
+    """Do what the kernel does, on any device: the potentials are a ninth row, which each combination takes once."""
+    groups, _, width = scores.shape
+    both = torch.stack([lines, -lines], 1).flatten(0, 1)
+    both = torch.cat([both, torch.ones_like(both[:, :1])], 1)
+    step = max(1, _COMBINED // (len(both) * width))
+    for start in range(0, groups, step):
         part = slice(start, start + step)
-        line = lines @ scores[part]
-        both = torch.stack([potentials + line, potentials - line], 2).flatten(1, 2)
-        value, at = both.max(2)
+        some = scores[part]
+        value, at = (both @ torch.cat([some, potentials.expand(len(some), 1, width)], 1)).max(2)
         better = value > best[part]
         best[part] = torch.where(better, value, best[part])
         pick[part] = torch.where(better, at + offset, pick[part])

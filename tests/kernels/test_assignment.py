@@ -17,7 +17,6 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from couplings.kernels.assignment import bidding, paths, solve, solve_blocks
 from couplings.kernels.assignment.problem import normalise
 from couplings.kernels.assignment.search import Budget, Search
-from couplings.kernels.assignment.tuning import TUNING
 from tests.kernels.families import FAMILIES
 
 SIZES = [100, 300, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2, 3, 17, 64, 256, 257, 600))]
@@ -209,7 +208,7 @@ def test_warm_start_saves_bids_on_a_similar_problem():
 
 @pytest.mark.parametrize("name", ["image-like", "points-1d", "blocks"])
 def test_threads_change_nothing(name, monkeypatch):
-    monkeypatch.setattr("couplings.kernels.assignment.solver.TUNING", TUNING._replace(serial_entries=0))
+    monkeypatch.setattr("couplings.kernels._threads._CHUNK", 1)
     cost = family(name, 300)
     one, two = solve(cost, threads=1), solve(cost, threads=2)
     assert np.array_equal(one.index, two.index)
@@ -303,7 +302,7 @@ def test_nan_and_minus_infinity_are_refused(n, value):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blocks_are_solved_as_alone(threads, monkeypatch):
-    monkeypatch.setattr("couplings.kernels.assignment.blocks.TUNING", TUNING._replace(serial_entries=0))
+    monkeypatch.setattr("couplings.kernels._threads._CHUNK", 1)
     sizes = np.array([5, 0, 1, 300, 40, 40, 2])
     for dtype in (np.float32, np.float64):
         costs = [family("image-like", n, dtype=dtype) for n in sizes[sizes > 0]]

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.distance import cdist
 
-from couplings.kernels import pairs
+from couplings.distances import _distances, _moderate
 from couplings.kernels.greedy import greedy, stable
 from couplings.kernels.l1 import cdist_l1
 from couplings.kernels.pairs import pair_distances
+from couplings.quantization import quantized
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -28,7 +30,7 @@ def test_l1_keeps_its_accuracy_in_high_dimension():
 @pytest.mark.parametrize("kind", ["squared", "absolute", "angular"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pairs_equal_the_entries_of_the_matrix(kind, threads, monkeypatch):
-    monkeypatch.setattr(pairs, "SERIAL", 0)
+    monkeypatch.setattr("couplings.kernels._threads._CHUNK", 1)
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 300, 700)).astype(np.float32)
     index = rng.permutation(300)
@@ -107,3 +109,19 @@ def test_greedy_and_stable_refuse_what_is_no_number(value):
         stable(
             np.ones((3, 3)), np.where(np.isnan(cost), np.nan, np.inf) if np.isnan(value) else np.full((3, 3), np.nan)
         )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("kind", ["squared", "absolute", "angular"])
+def test_distances_away_from_the_cpu_are_those_of_the_kernel(kind, size):
+    x, y = (size * torch.randn(9, 20, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    expected = pair_distances(x.numpy(), y.numpy(), np.arange(9), kind)
+    assert _distances(x, y, kind).numpy() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_products_of_moderate_operands_neither_vanish_nor_overflow(size, quantizer):
+    x = _moderate(quantized(size * torch.randn(9, 20, generator=torch.Generator().manual_seed(0)), quantizer))
+    codes = x.rows.float() @ x.rows.float().T  # as a device multiplies them
+    assert 0.01 < float(codes.diagonal().min()) <= float(codes.diagonal().max()) < 1e3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from couplings.kernels._threads import over_rows
+from couplings.kernels._threads import over_rows, worthwhile
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -67,3 +67,8 @@ def test_a_thread_outlives_the_main_thread():
     program = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["100"], done.stderr
+
+
+def test_as_many_threads_as_pay_for_their_start():
+    assert [worthwhile(16, entries) for entries in (0, 1 << 20, 1 << 21, 1 << 24, 1 << 30)] == [1, 1, 2, 5, 16]
+    assert worthwhile(None, 1 << 30) == 1

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -17,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
-from tiny_recipes import TINY, tiny
+from tiny_recipes import TINY, first_block, tiny
 
 from couplings import couple
-from integrations import build, checkpoint, config, loop
+from integrations import build, checkpoint, config, loop, pairs, termination
 from integrations.build import build_objective, build_optimizer, build_schedule
 from integrations.data import ArrayImages, load_source, to_signed
 from integrations.models import build_model
@@ -57,9 +58,9 @@ def run_in_child(recipe, patience=0.0, limit=None):
     if patience:
         inner = loop.Run.train_step
 
-        def slow(self, batches):
+        def slow(self, blocks):
             time.sleep(patience)
-            return inner(self, batches)
+            return inner(self, blocks)
 
         loop.Run.train_step = slow
     try:
@@ -75,7 +76,7 @@ def test_a_run_writes_what_its_readers_expect(make, name):
     assert config.load([str(output / "recipe.yaml")]).sections() == recipe.sections()
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss", "reduction", "coupling_ms", "step_ms"} <= line.keys() for line in lines)
+    assert all({"loss", "reduction", "coupling_ms", "hidden_ms", "step_ms"} <= line.keys() for line in lines)
     assert all(line["reduction"] > 0 for line in lines)
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-4", "step-6"]
     assert (output / "samples" / "step-6.png").is_file()
@@ -143,9 +144,75 @@ def test_dropout_is_the_same_in_a_resumed_run_and_differs_between_steps(tmp_path
     monkeypatch.setattr(
         "torch.nn.functional.dropout", lambda x, *args, **kwargs: masks.append(drop(torch.ones(64), 0.5)) or x
     )
-    for _ in range(2):
-        run.train_step(run.batches())
+    for step in run.pairs.steps(0, 2):
+        run.train_step(step.blocks)
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) >= 4
+
+
+def test_a_resumed_run_keeps_its_weights_and_moments_in_memory_as_asked_for(tmp_path):
+    path = tmp_path / "unet.yaml"
+    path.write_text(UNET)
+    options = {**TINY, "train.channels_last": "true", "train.deterministic": "true", "train.steps": "3"}
+
+    def recipe(folder, *further):
+        shrunk = [argument for field, value in options.items() for argument in (f"--{field}", value)]
+        return config.load([str(path), *shrunk, "--output", str(tmp_path / folder), *further])
+
+    whole = loop.train(recipe("whole"), progress=False)
+    resumed = loop.train(recipe("resumed"), progress=False)
+    shutil.rmtree(resumed / "checkpoints" / "step-3")
+    assert_same_run(whole, loop.train(recipe("resumed", "--resume", "auto"), progress=False), 3)
+
+    run = loop.Run(recipe("resumed", "--resume", "auto"))
+    run.start()
+    run.optimizer.zero_grad()
+    convolutions = [weight for weight in run.weights if weight.ndim == 4 and min(weight.shape) > 1]
+    assert convolutions
+    for weight in convolutions:
+        for kept in (weight, run.optimizer.state[weight]["exp_avg"]):
+            assert kept.is_contiguous(memory_format=torch.channels_last)
+            assert not kept.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("started", "value", "message"),
+    [(True, None, "CUDA has started without it"), (False, ":0:0", "it is ':0:0'"), (True, ":16:8", None)],
+)
+def test_the_same_bits_need_a_setting_before_cuda_starts(make, monkeypatch, started, value, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if value:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    train = make("ddim-digits", "--train.deterministic", "true").train
+    if message is None:
+        build.choose_arithmetic(train)
+        assert torch.are_deterministic_algorithms_enabled()
+        return
+    with pytest.raises(loop.TrainingError, match=f"{message}: set CUBLAS_WORKSPACE_CONFIG=:4096:8 in front"):
+        build.choose_arithmetic(train)
+
+
+def test_fields_of_arithmetic_take_effect_and_contradictions_are_refused(make):
+    build.choose_arithmetic(make("ddim-digits", "--train.tf32", "true", "--train.cudnn_benchmark", "true").train)
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.benchmark
+    build.choose_arithmetic(make("ddim-digits", "--train.tf32", "false").train)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    with pytest.raises(config.RecipeError, match=r"train.cudnn_benchmark: got True, expected false with train.determ"):
+        make("ddim-digits", "--train.deterministic", "true", "--train.cudnn_benchmark", "true")
+
+
+def test_an_operation_that_cannot_repeat_itself_says_what_to_type(make, monkeypatch):
+    def refused(self, blocks):
+        msg = "some_kernel does not have a deterministic implementation, but you set 'torch.use_deterministic_algor'"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(loop.Run, "train_step", refused)
+    message = r"some_kernel does not have a deterministic implementation: train with --train.deterministic false"
+    with pytest.raises(loop.TrainingError, match=message):
+        loop.train(make("ddim-digits", "--train.deterministic", "true"), progress=False)
 
 
 CT = ["--objective.variant", "ct", "--objective.loss", "l2"]
@@ -156,10 +223,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(make, monkeypatch, name, options
     whole = loop.train(make(name, *options, folder="whole"), progress=False)
     inner = loop.Run.train_step
 
-    def interrupted(self, batches):
+    def interrupted(self, blocks):
         if self.step == 5:
             raise KeyboardInterrupt
-        return inner(self, batches)
+        return inner(self, blocks)
 
     recipe = make(name, *options)
     monkeypatch.setattr(loop.Run, "train_step", interrupted)
@@ -285,15 +352,17 @@ def test_sigterm_to_a_job_saves_and_exits_0(job, tmp_path, send):
 
 def test_what_loading_processes_can_no_longer_bring_is_loaded_for_the_last_step(make):
     run, whole = (loop.Run(make("ddim-digits", "--data.workers", "2", folder=name)) for name in ("ended", "whole"))
-    expected, others = list(whole.batches()), set(psutil.Process().children())
-    with loop._termination() as terminated:
-        batches = run.batches(terminated)
-        found = [next(batches)]
+    expected, others = list(whole.pairs.steps(0, 6)), set(psutil.Process().children())
+    with termination.collected() as terminated:
+        steps = run.pairs.steps(0, 6, terminated)
+        found = [next(steps)]
         os.kill(os.getpid(), signal.SIGTERM)
         for worker in set(psutil.Process().children()) - others:
             worker.kill()
-        found += batches
-    assert [batch.labels.tolist() for batch in found] == [batch.labels.tolist() for batch in expected]
+        found += steps
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(x.noise, y.noise) for x, y in zip(a.blocks, b.blocks, strict=True))
 
 
 @pytest.mark.parametrize("victim", ["training", "loading"])
@@ -309,14 +378,14 @@ def test_a_job_that_loses_a_process_leaves_none_behind(job, victim):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(make, monkeypatch):
     recipe = make("ddim-digits", "--train.log_every", "100")
-    inner = loop.Run.load
+    inner = pairs.Pairs.load
 
-    def poisoned(self, batch, block):
-        found = inner(self, batch, block)
-        return loop.Block(found.data * (torch.nan if self.step == 4 else 1.0), found.noise, found.draws, found.context)
+    def poisoned(self, batch, step, number):
+        found = inner(self, batch, step, number)
+        return replace(found, data=found.data * (torch.nan if step == 4 else 1.0))
 
-    monkeypatch.setattr(loop.Run, "load", poisoned)
-    monkeypatch.setattr(loop.Run, "couple", lambda self, blocks: (blocks, torch.zeros(()), 0.0))
+    monkeypatch.setattr(pairs.Pairs, "load", poisoned)
+    monkeypatch.setattr(pairs.Pairs, "couple", lambda self, blocks: (blocks, torch.zeros(())))
     with pytest.raises(loop.TrainingError, match=r"not finite at step 5.*step 4 is intact"):
         loop.train(recipe, progress=False)
     assert checkpoint.newest(recipe.output / "checkpoints").step == 4
@@ -364,14 +433,14 @@ def test_steps_that_overflow_are_skipped_and_a_run_that_always_does_is_ended(mak
         inner(self, **options)
         self.scaler = Overflowing()
 
-    inner_load, factor = loop.Run.load, 3000.0
+    inner_load, factor = pairs.Pairs.load, 3000.0
 
-    def stretched(self, batch, block):
-        found = inner_load(self, batch, block)
-        return loop.Block(factor * found.data, found.noise, found.draws, found.context)
+    def stretched(self, batch, step, number):
+        found = inner_load(self, batch, step, number)
+        return replace(found, data=factor * found.data)
 
     monkeypatch.setattr(build.Accelerator, "__init__", scaled)
-    monkeypatch.setattr(loop.Run, "load", stretched)
+    monkeypatch.setattr(pairs.Pairs, "load", stretched)
     options = ["ddim-digits", "--optimizer.clip", "null", "--train.steps", "12"]
     output = loop.train(make(*options, folder="skipping"), progress=False)
     found = checkpoint.newest(output / "checkpoints")
@@ -387,7 +456,7 @@ def test_steps_that_overflow_are_skipped_and_a_run_that_always_does_is_ended(mak
 
     monkeypatch.setattr(Overflowing, "start", 4.0)
     factor = torch.nan
-    monkeypatch.setattr(loop.Run, "couple", lambda self, blocks: (blocks, torch.zeros(()), 0.0))
+    monkeypatch.setattr(pairs.Pairs, "couple", lambda self, blocks: (blocks, torch.zeros(())))
     with pytest.raises(loop.TrainingError, match="not finite at step 3"):
         loop.train(make(*options, folder="hopeless"), progress=False)
     lines = (make(*options, folder="hopeless").output / "metrics.jsonl").read_text().splitlines()
@@ -413,7 +482,7 @@ def test_a_tracker_that_is_not_installed_is_refused(make):
 def test_the_target_is_the_noise_that_was_mixed_and_labels_stay_with_their_data(make):
     recipe = make("ddim-digits", "--coupling.condition", "class", "--objective.prediction", "epsilon")
     run = loop.Run(recipe)
-    [block], reduction, _ = run.couple([run.load(next(run.batches()), 0)])
+    [block], reduction = run.pairs.couple([first_block(run)])
     assert reduction > 0
     rows = epoch_order(recipe.train.seed, 0, len(run.source))[:8].tolist()
     expected = run.source[rows]
@@ -442,10 +511,14 @@ def rank(recipe, rank, world, port):
     torch.distributed.destroy_process_group()
 
 
-def train_with_two_processes(recipe, processes):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def train_with_two_processes(recipe, processes):
+    port = free_port()
     children = [processes.Process(target=rank, args=(recipe, i, 2, port)) for i in range(2)]
     for child in children:
         child.start()
@@ -454,11 +527,15 @@ def train_with_two_processes(recipe, processes):
     assert [child.exitcode for child in children] == [0, 0]
 
 
+DDP = ["--train.ddp.bucket_cap_mb", "1", "--train.ddp.broadcast_buffers", "false"]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("flow-matching-digits", ["--coupling.method", "independent", "--data.flip", "true"]),
         ("flow-matching-digits", ["--coupling.scope", "global", "--train.further_ema_decays", "[0.5]"]),
+        ("flow-matching-digits", ["--coupling.scope", "global", "--coupling.window", "3", *DDP]),
         ("consistency-digits", ["--coupling.scope", "global", "--optimizer.lr", "1e-4"]),
         ("stable-diffusion-digits", []),
     ],
@@ -483,6 +560,21 @@ def test_two_processes_in_bfloat16_follow_one_in_float32_within_two_percent(tmp_
     exact, approximate = ([loss for _, loss, *_ in trace(tmp_path / name)] for name in ("one", "two"))
     assert approximate == pytest.approx(exact, rel=0.02)
     assert approximate != exact
+
+
+def test_sigterm_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path, processes):
+    options = ["--train.steps", "100000", "--train.checkpoint_every", "100000", "--coupling.scope", "global"]
+    recipe = tiny("ddim-digits", tmp_path, *options)
+    port = free_port()
+    children = [processes.Process(target=rank, args=(recipe, i, 2, port)) for i in range(2)]
+    for child in children:
+        child.start()
+    wait_for_step(1, children[0], tmp_path)
+    os.kill(children[1].pid, signal.SIGTERM)
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [trace(tmp_path)[-1][0]]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch):
@@ -541,7 +633,7 @@ def test_tensorboard_gets_every_logged_number(make):
     output = loop.train(make("ddim-digits", "--train.tracker", "tensorboard"), progress=False)
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
-    assert {"loss", "reduction", "coupling_ms", "step_ms", "lr"} <= set(events.Tags()["scalars"])
+    assert {"loss", "reduction", "coupling_ms", "hidden_ms", "step_ms", "lr"} <= set(events.Tags()["scalars"])
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     assert events.Tags()["images"] == ["samples"]
     assert logged == [(step, pytest.approx(loss)) for step, loss, _, _ in trace(output)]
@@ -573,8 +665,16 @@ def test_compiling_traces_the_network_and_does_not_change_the_run(make, monkeypa
     torch._dynamo.reset()
     plain = loop.train(make("flow-matching-digits", folder="plain"), progress=False)
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finish, traced = loop.Run.finish, []
+
+    def counted(self):
+        traced.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        finish(self)
+
+    monkeypatch.setattr(loop.Run, "finish", counted)
     fast = loop.train(make("flow-matching-digits", "--train.compile", "true", folder="fast"), progress=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert traced[0] >= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced[0]  # none for sampling
     for a, b in zip(trace(plain), trace(fast), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert weights(plain, 6).keys() == weights(fast, 6).keys()
@@ -607,9 +707,9 @@ def test_kernels_are_compiled_before_the_first_step(make, monkeypatch):
     warmed, first = [], loop.Run.train_step
     monkeypatch.setattr("couplings.warmup", lambda: warmed.append(True))
 
-    def after_warming(self, batches):
+    def after_warming(self, blocks):
         assert warmed
-        return first(self, batches)
+        return first(self, blocks)
 
     monkeypatch.setattr(loop.Run, "train_step", after_warming)
     with warnings.catch_warnings():
@@ -668,9 +768,9 @@ def test_a_coupling_or_batch_that_cannot_be_is_refused(make, option, value, mess
 def test_nearest_gets_its_candidates(make):
     recipe = make("flow-matching-digits", "--coupling.method", "nearest", "--coupling.options.k", "3")
     run = loop.Run(recipe)
-    block = run.load(next(run.batches()), 0)
+    block = first_block(run)
     assert len(block.noise) == 3 * len(block.data)
-    paired, reduction, _ = run.couple([block])
+    paired, reduction = run.pairs.couple([block])
     candidates = block.noise.reshape(len(block.data), 3, -1)
     chosen = paired[0].noise.flatten(1)[:, None]
     assert (candidates == chosen).all(-1).any(1).all()

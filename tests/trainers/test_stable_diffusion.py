@@ -29,8 +29,8 @@ def draws(step=0):
 def test_latents_are_coupled_after_scaling_and_the_offset_is_added_after_the_coupling(make):
     recipe = make("stable-diffusion-digits", "--objective.noise_offset", "0.5", "--objective.prediction", "epsilon")
     run = loop.Run(recipe)
-    images = next(run.batches())
-    [block], _, _ = run.couple([run.load(images, 0)])
+    images = next(run.pairs.batches(range(1), 0))
+    [block], _ = run.pairs.couple([run.pairs.load(images, 0, 0)])
     pixels = images.images.float() / 127.5 - 1
     posterior = run.objective.vae.encode(pixels.expand(-1, 3, -1, -1)).latent_dist
     scaled = posterior.sample(block.draws.generator("encode")) * run.objective.vae.config.scaling_factor

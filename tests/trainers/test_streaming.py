@@ -101,10 +101,10 @@ def test_a_streamed_run_that_was_interrupted_resumes_bit_for_bit_in_a_later_epoc
     whole = loop.train(make("flow-matching-digits", *overrides(files), folder="whole"), progress=False)
     inner = loop.Run.train_step
 
-    def interrupted(self, batches):
+    def interrupted(self, blocks):
         if self.step == 7:  # three steps an epoch
             raise KeyboardInterrupt
-        return inner(self, batches)
+        return inner(self, blocks)
 
     monkeypatch.setattr(loop.Run, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):

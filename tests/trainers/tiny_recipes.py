@@ -22,6 +22,11 @@ TINY_MODELS = {
 }
 
 
+def first_block(run):
+    """The first block of a run, unpaired."""
+    return run.pairs.load(next(run.pairs.batches(range(1), 0)), 0, 0)
+
+
 def tiny(name, output, *overrides):
     """A bundled recipe shrunk to run in a second."""
     options = {**TINY, **TINY_MODELS[config.load([name]).model.name]}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .._threads import over_rows
+from .._threads import over_rows, worthwhile
 from . import solver
 from .dense import OK, solve_dense_blocks
 from .tuning import TUNING
@@ -70,7 +70,7 @@ def solve_blocks(
     status = np.full(blocks, -1)
     small = math.isqrt(TUNING.dense_entries)
     most = int(min(small, sizes.max(initial=0)))
-    workers = 1 if threads is None or flat.size < TUNING.serial_entries else threads
+    workers = worthwhile(threads, flat.size)
     over_rows(
         lambda a, b: solve_dense_blocks(flat, sizes, starts, rows, a, b, most, index, slack, status), blocks, workers
     )

@@ -55,10 +55,10 @@ def add(W: Floats, p: Floats, x: Floats) -> None:
 
 
 @jit
-def relax(W: Floats, p: Floats, base: float, i: int, key: Floats, pred: Integers, settled: Floats) -> None:
+def relax(W: Floats, p: Floats, base: float, i: int, key: Floats, pred: Integers, extra: Floats) -> None:
     """Shorten the distances by way of row i of the columns not settled; a settled one adds an infinity."""
     for j in range(key.size):
-        d = base + (W[j] + p[j]) + settled[j]
+        d = base + (W[j] + p[j]) + extra[j]
         shorter = d < key[j]
         pred[j] = i if shorter else pred[j]
         key[j] = d if shorter else key[j]
@@ -168,11 +168,16 @@ def augment(
     source: int,
     key: Floats,
     pred: Integers,
-    settled: Floats,
+    extra: Floats,
 ) -> None:
-    """Match a free row along a shortest augmenting path, and raise the prices of the columns settled."""
+    """Match a free row along a shortest augmenting path, and raise the prices of the columns settled.
+
+    Of columns at the same distance a free one comes first, for the path to end there: distances are whole numbers, and
+    a column that has a row is half of one further.
+    """
     key[:] = np.inf
-    settled[:] = 0.0
+    for j in range(extra.size):
+        extra[j] = 0.5 if row4col[j] >= 0 else 0.0
     bits = key.view(np.int64)
     tree = np.empty(W.shape[0], np.int64)
     dist = np.empty(W.shape[0])
@@ -180,16 +185,17 @@ def augment(
     row = source
     base = 0.0
     while True:
-        relax(W[row], p, base, row, key, pred, settled)
+        relax(W[row], p, base, row, key, pred, extra)
         j = argmin(bits)
         d = key[j]
         if row4col[j] < 0:
             break
+        d -= 0.5
         tree[count] = j
         dist[count] = d
         count += 1
         key[j] = np.inf
-        settled[j] = np.inf
+        extra[j] = np.inf
         row = row4col[j]
         base = d - (W[row, j] + p[j])
     for k in range(count):
@@ -226,10 +232,10 @@ def solve_levels(W: Floats, p: Floats, col4row: Integers) -> bool:
     if 2 * count > n and W.size > DENSE_ALWAYS:  # crowded
         return False
     pred = np.empty(m, np.int64)
-    settled = np.empty(m)
+    extra = np.empty(m)
     while count > 0:
         count -= 1
-        augment(W, p, col4row, row4col, free[count], x, pred, settled)
+        augment(W, p, col4row, row4col, free[count], x, pred, extra)
     return True
 
 
@@ -272,7 +278,7 @@ def solve_dense(
     W : (n, m) float64 array
         Space for the levels.
     row_min, p, col4row : (n,), (m,), (n,) arrays
-        Row minima, prices in levels and the assignment; written.
+        Row minima, column duals in units of the cost and the assignment; written.
 
     Returns
     -------
@@ -328,6 +334,9 @@ def solve_dense(
             size += np.float64(C[i, col4row[i]])
         above = above_row_minima(C, row_min, col4row)
         if lost == 0.0 or n / scale <= max(tolerance, 1e-7) * abs(size) or above > ceiling / 4:
+            least = p.min()
+            for j in range(p.size):
+                p[j] = (least - p[j]) / scale
             return OK, total, scale, lost == 0.0
         ceiling = above
 

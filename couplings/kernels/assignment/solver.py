@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._threads import worthwhile
 from ..feasibility import check_feasible
 from . import certificate
 from .dense import CROWDED, NOT_FINITE, OUT_OF_RANGE, solve_dense
@@ -113,7 +114,7 @@ def solve(
         ``Solution.prices`` of a similar problem with the same columns: the closer it is, the more bids they save.
         They change no optimum, and are not used where columns outnumber rows.
     threads : int, optional
-        Threads that read the matrix (default 1). The answer does not depend on it.
+        Most threads that read the matrix (default 1). The answer does not depend on it.
 
     Returns
     -------
@@ -145,7 +146,7 @@ def solve(
         if small is not None:
             return small
     budget = Budget(max_bids, max_seconds)
-    threads = 1 if threads is None or cost.size < TUNING.serial_entries else threads
+    threads = worthwhile(threads, cost.size)
 
     problem = normalise(cost, threads)
     index, ceiling = problem.assignment, problem.ceiling
@@ -200,11 +201,11 @@ def _solve_small(cost: npt.NDArray[Any], tolerance: float) -> Solution | None:
         return None
     total = _total(cost, index)
     if scale == 0.0:
-        return Solution(index, np.zeros(m), total, total, 0, exact=True)
+        return Solution(index, p, total, total, 0, exact=True)
     bound = math.fsum([*row_min.tolist(), above / scale])
     if not lossless:
         bound = math.nextafter(bound - n / scale, -math.inf)
-    return _solution(index, (p.min() - p) / scale, total, bound, power, 0, optimal=True)
+    return _solution(index, p, total, bound, power, 0, optimal=True)
 
 
 def _certified(cost: npt.NDArray[Any], search: Search) -> Solution:

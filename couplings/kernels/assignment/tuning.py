@@ -77,9 +77,5 @@ class Tuning(NamedTuple):
     # Bids without epsilon before the shortest paths. 0: 13 on integers; 4: mean 1.05; 8: 1.6 on 2-d points.
     dense_bids_per_row: int = 1
 
-    # Entries below which a matrix is read by one thread: a thread takes tens of microseconds to start. Not measured
-    # anew; it was 2 million when the solver had one pass less.
-    serial_entries: int = 2_000_000
-
 
 TUNING = Tuning()
