@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-library test-trainers lint setup clean
+.PHONY: demo docs test test-library test-trainers lint setup clean
 
+# The libraries of the adapters; two of them without what they depend on, which would bring torchvision.
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]' einops ema-pytorch pytorch-lightning
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchcfm denoising-diffusion-pytorch
 	@touch $@
 
 demo: setup
@@ -28,6 +30,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/docs/docs/index.html; every warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -c docs -b html -W --keep-going -q . build/docs
 
 clean:
 	rm -rf .venv build dist runs

@@ -16,7 +16,7 @@ from couplings.distances import metrics
 from couplings.kernels import warmup
 from couplings.quantization import quantizers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Coupled",

@@ -6,26 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import ablation_tables, solver_tables, tables, training_tables
+from benchmarks import ablation_tables, solver_steps, solver_tables, tables, training_tables
+from couplings.kernels.assignment.costs import CAP
+from couplings.kernels.assignment.tuning import TUNING
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-
-
-def test_readme_has_examples():
-    assert len(BLOCKS) >= 2
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme_block_runs_by_itself_after_those_before_it(number):
-    code = "\n".join(BLOCKS[: number + 1])
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_tables_of_the_pages_are_those_of_the_records():
@@ -153,6 +141,30 @@ def training():
     ]
 
 
+def solver():
+    record = solver_steps.committed()
+    phases = [phase for phase in record["phases"] if phase["epsilon"] > 0]
+    by_cost, by_price = (np.array(record[name]) for name in ("places", "places_at_prices"))
+    (paths,) = record["paths"]
+    n, all_bids = record["n"], sum(phase["bids"] for phase in phases)
+    assert (len(phases), phases[2]["where"], phases[3]["where"]) == (5, "sketch", "lists")
+    assert (record["gap"], record["exact"], paths["left"]) == (0, True, 0)
+    return [
+        f"one solve of {n:,} crops",
+        f"makes {phases[0]['bids'] / n:.1f} bids for each row and is within {phases[0]['gap']:.1%} of the optimum",
+        f"the five phases together make {all_bids / n:.1f}, and end within {phases[-1]['gap']:.4%}.",
+        f"half of the rows have {statistics.median_low(by_cost) - 1} or more columns that cost less",
+        f"the first two for {(by_price <= 2).mean():.0%} of the rows, and among the first {by_price.max()} for all",
+        f"A list of at most {record['list_size']} columns",
+        f"{record['freed']} of the {n:,}, and bid once more without epsilon; {paths['before']} are left",
+        f"epsilon divided by {TUNING.epsilon_factor:.0f}",
+        f"at least 2^{np.log2(CAP / 4):.0f} of them up to",
+        f"Up to {TUNING.dense_entries**0.5:.0f} rows",
+        *("numbers in float64", "For float32 costs", "int16 lower bound", "relatively: 0 here", "a gap of 0"),
+        *("[Bertsekas 1988]", "[Jonker and Volgenant 1987]"),
+    ]
+
+
 def unbacked(page, phrases):
     """Return the numbers of a page that stand in none of the phrases, and the phrases that it does not hold."""
     text = tables.BLOCK.sub("", page)
@@ -165,7 +177,8 @@ def unbacked(page, phrases):
 
 
 @pytest.mark.parametrize(
-    ("page", "phrases"), [("docs/choosing.md", choosing), ("benchmarks/results/training.md", training)]
+    ("page", "phrases"),
+    [("docs/choosing.md", choosing), ("docs/solver.md", solver), ("benchmarks/results/training.md", training)],
 )
 def test_numbers_in_prose_are_those_of_the_records(page, phrases):
     assert unbacked((ROOT / page).read_text(), phrases()) == []
@@ -212,3 +225,14 @@ def test_docstring_examples_give_what_they_say():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_steps_of_a_solve_are_recorded():
+    found = solver_steps.watch(300)
+    epsilons = [phase["epsilon"] for phase in found["phases"]]
+    assert epsilons == sorted(epsilons, reverse=True)
+    assert found["exact"]
+    gaps = [phase["gap"] for phase in found["phases"] if phase["gap"] is not None]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 1e-3
+    assert max(found["places_at_prices"]) <= found["list_size"]

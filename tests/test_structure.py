@@ -8,7 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What is built on the core, and imported on request only.
-WINGS = ("couplings.ablation", "couplings.adapters", "couplings.cli", "couplings.testing", "couplings.__main__")
+WINGS = (
+    "couplings.ablation",
+    "couplings.adapters",
+    "couplings.cli",
+    "couplings.doctor",
+    "couplings.testing",
+    "couplings.__main__",
+)
 
 
 def module_name(path):
