@@ -47,7 +47,10 @@ class Progress:
         if self._measured and self._measured[-1][0] >= state.step:
             self._measured = []  # another part begins
         self._measured.append((state.step, state.chi2))
-        self._end = self._expected_end()
+        # It ends at a measurement.
+        self._end = max(
+            self._expected_end(), min(state.next_check, self._steps) if state.chi2 >= self._tolerance else 1
+        )
         logger.log(self._level, "%s after %.1f s", self._where(number, state), time.perf_counter() - self._begun)
         self.stepped(number, state)
 
@@ -64,7 +67,7 @@ class Progress:
         """Carry on the power of the steps that chi^2 has lately fallen with; at first, as one over the steps."""
         step, chi2 = self._measured[-1]
         if chi2 < self._tolerance:
-            return max(float(step), 1.0)
+            return float(step)
         past = [(s, c) for s, c in self._measured if 0 < s <= 0.5 * step and c > chi2]
         power = math.log(past[-1][1] / chi2) / math.log(step / past[-1][0]) if past else 1.0
         times = math.exp(min(math.log(chi2 / self._tolerance) / power, 20.0))
