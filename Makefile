@@ -4,11 +4,13 @@ BIN := .venv/bin
 
 .PHONY: demo docs test test-library test-trainers lint setup clean
 
+# The libraries of the adapters; two of them without what they depend on, which would bring torchvision.
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]' einops ema-pytorch pytorch-lightning
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchcfm denoising-diffusion-pytorch
 	@touch $@
 
 demo: setup

@@ -175,7 +175,7 @@ def one_step(trained: Trained) -> dict[str, Any]:
 def networks(session: Session, seed: int, arms: list[str]) -> None:
     """Put on record what the finished networks of a seed explain, and what exchanging their noisy halves does."""
     from .record import read
-    from .training import PAIRINGS, settings
+    from .training import settings
 
     recipes = {name: session.recipe(name, seed) for name in arms}
     ended = {(r["arm"], r["step"]) for r in read(session.records) if r["kind"] == "point" and r["seed"] == seed}
@@ -185,7 +185,7 @@ def networks(session: Session, seed: int, arms: list[str]) -> None:
         finders = {"levels": lambda trained: {"explained": by_level(trained)}, "one step": one_step}
         for kind, find in finders.items():
             session.once({"kind": kind, **key}, lambda find=find, name=name: find(session.trained(name, seed)))
-    for pairing in PAIRINGS:
+    for pairing in dict.fromkeys(name.partition("-")[2] for name in arms):
         pair = [f"{kind}-{pairing}" for kind in ("v", "epsilon")]
         if not recipes.keys() >= set(pair):
             continue

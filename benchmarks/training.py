@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from couplings.ablation.environment import plugin
+
 from .record import PACKAGES, RESULTS, append, environment, read
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -30,7 +32,8 @@ SPARSE = ((10, 1), (20, 2))
 SPARSEST = 4
 MEANS = ("loss", "reduction", "coupling_ms", "step_ms")  # of the steps since the checkpoint before
 
-# An arm is what is predicted, a dash, and how noise is paired.
+# An arm is what is predicted, a dash, and how noise is paired: one of `PAIRINGS`, or a method with its options as
+# everywhere, such as v-sinkhorn:reg=0.3 and v-package.module:function.
 KINDS = {
     "v": ("--objective.prediction", "v_prediction"),
     "epsilon": ("--objective.prediction", "epsilon"),
@@ -59,6 +62,30 @@ PAIRINGS = {
     "sliced": _method("sliced"),
     **{f"nearest_{score}": _method("nearest", k="4", score=score) for score in ("l2", "dot")},
 }
+
+
+def other_package(method: str) -> dict[str, str | None] | None:
+    """Return the package and version of a method that is in none of the suites; None for theirs."""
+    theirs = {arguments[1] for arguments in PAIRINGS.values() if "--coupling.method" in arguments}
+    return None if method in theirs else plugin(method)
+
+
+def overrides(pairing: str) -> tuple[str, ...]:
+    """Return the overrides of a recipe that pair noise in one way.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is no method with options that it takes.
+    """
+    if pairing in PAIRINGS:
+        return PAIRINGS[pairing]
+    from couplings import Coupling
+    from couplings.ablation.grid import read_method
+
+    name, options = read_method(pairing)
+    Coupling(name, **options)
+    return _method(name, **{option: json.dumps(value) for option, value in options.items()})
 
 
 @dataclass(frozen=True)
@@ -146,9 +173,13 @@ class Session:
 
         kind, _, pairing = name.partition("-")
         arguments = [self.suite.flow if kind == "flow" else self.suite.ddim, *self.suite.overrides]
-        arguments += [*KINDS[kind], *PAIRINGS[pairing], *self.further]
+        arguments += [*KINDS[kind], *overrides(pairing), *self.further]
         arguments += ["--data.source", self.data, "--train.seed", str(seed)]
-        return config.load([*arguments, "--output", str(self.runs / f"{name}-{seed}"), "--resume", "auto"])
+        package = other_package(config.load(arguments).coupling.method)
+        # A run of another version of a method is not gone on with.
+        version = "" if package is None else f"-{package['version']}-{package['source']}"
+        folder = self.runs / f"{name}-{seed}{version}"
+        return config.load([*arguments, "--output", str(folder), "--resume", "auto"])
 
     @functools.cached_property
     def source(self) -> Any:
@@ -212,6 +243,8 @@ def settings(recipe: Any) -> dict[str, Any]:
     """
     values = recipe.sections()
     del values["output"], values["data"]["source"]
+    if (named := other_package(recipe.coupling.method)) is not None:
+        values["coupling"]["plugin"] = named
     shorter = ["steps"] if recipe.optimizer.schedule == "constant" else []
     for name in ("keep_last", "checkpoint_every", "log_every", *shorter):
         del values["train"][name]
@@ -270,7 +303,12 @@ def main(argv: list[str] | None = None) -> None:
         help="folder with train-images-idx3-ubyte and its labels, gzipped or not, or another data.source of recipes "
         "(default: digits for the digits, the variable COUPLINGS_DATA for fashion)",
     )
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="some of the suite's (default: all)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="some of the suite's (default: all), or others: v-sinkhorn:reg=0.3, flow-package.module:function:k=2",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
     parser.add_argument("--no-analysis", action="store_true", help="train and measure only")
     parser.add_argument("--runs", type=Path, help="folder of checkpoints (default: runs/training/SUITE)")
@@ -281,8 +319,12 @@ def main(argv: list[str] | None = None) -> None:
     if data is None:
         parser.error("--data: say where the images are, or set COUPLINGS_DATA")
     arms = arguments.arms or suite.names
-    if unknown := set(arms) - {f"{kind}-{pairing}" for kind in KINDS for pairing in PAIRINGS}:
-        parser.error(f"--arms: unknown {', '.join(sorted(unknown))}; the suite's are {', '.join(suite.names)}")
+    for name in arms:
+        kind, _, pairing = name.partition("-")
+        try:
+            overrides(pairing if kind in KINDS else "")
+        except (ValueError, TypeError) as error:
+            parser.error(f"--arms: unknown {name}; the suite's are {', '.join(suite.names)}. As a method: {error}")
 
     import torch
 

@@ -172,26 +172,31 @@ def _table(results: Results, head: list[str], rows: Iterable[list[str]]) -> str:
     return markdown([*head, *(f"{nfe} sampling step{'s' * (nfe > 1)}" for nfe in results.nfe)], rows)
 
 
+def pairings(results: Results) -> dict[str, str]:
+    """Return all ways of pairing and how they are named: those of the suites, then other methods on record."""
+    return PAIRINGS | {name: name for name in results.frechet.index.unique("pairing") if name not in PAIRINGS}
+
+
 def final_table(results: Results) -> str:
     """Distances at the end of training: a row per arm that was trained as long as the plain coupling."""
-    rows = []
+    rows, named = [], pairings(results)
     for kind, last in results.last.items():
-        for pairing in (pairing for pairing in PAIRINGS if last in results.shared(kind, pairing)):
+        for pairing in (pairing for pairing in named if last in results.shared(kind, pairing)):
             cells = [spread(results.at(kind, pairing, nfe, last)) for nfe in results.nfe]
-            rows.append([KINDS[kind] if pairing == BASE else "", PAIRINGS[pairing], *cells])
+            rows.append([KINDS[kind] if pairing == BASE else "", named[pairing], *cells])
     return _table(results, ["", "noise"], rows)
 
 
 def change_table(results: Results) -> str:
     """Change by coupling along training; by other couplings, at the end of theirs, which may be shorter."""
-    rows = []
+    rows, named = [], pairings(results)
     for kind in results.last:
-        for pairing in PAIRINGS:
+        for pairing in named:
             steps = sorted(results.frechet.loc[kind].index.unique("step")) if pairing == OURS else []
             shared = results.shared(kind, pairing) if pairing not in (BASE, OURS) else set()
             for step in (*steps, *sorted(shared)[-1:]):
                 cells = [percent(results.change(kind, nfe, step, pairing)) for nfe in results.nfe]
-                rows.append([KINDS[kind], PAIRINGS[pairing], f"{step:,}", *cells])
+                rows.append([KINDS[kind], named[pairing], f"{step:,}", *cells])
     return _table(results, ["", "noise", "training steps"], rows)
 
 
@@ -239,8 +244,9 @@ def levels(results: Results) -> pd.Series:
 def level_table(results: Results) -> str:
     """Share of the clean image explained, by noise level."""
     table = levels(results).groupby(level=["arm", "level"]).mean().unstack().sort_index(axis=1, ascending=False)
-    arms = [(kind, pairing) for kind in KINDS for pairing in PAIRINGS if f"{kind}-{pairing}" in table.index]
-    rows = [[KINDS[k], PAIRINGS[p], *(f"{100 * value:.1f}%" for value in table.loc[f"{k}-{p}"])] for k, p in arms]
+    named = pairings(results)
+    arms = [(kind, pairing) for kind in KINDS for pairing in named if f"{kind}-{pairing}" in table.index]
+    rows = [[KINDS[k], named[p], *(f"{100 * value:.1f}%" for value in table.loc[f"{k}-{p}"])] for k, p in arms]
     return markdown(["", "noise", *(f"{level:g}" for level in table.columns)], rows)
 
 

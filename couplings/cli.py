@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     state: dict[str, bool] = {}
     hint = ""
+    if str(Path.cwd()) not in sys.path:  # where --methods module:function may be
+        sys.path.append(str(Path.cwd()))
     try:
         arguments = None if argv is None else list(argv)
         code = int(app(arguments, prog_name="couplings", standalone_mode=False, obj=state) or 0)
@@ -138,35 +140,6 @@ def _seeds(text: str) -> List:
         msg = "expected how many seeds, at least 1, or the seeds with commas between them, got 0"
         raise typer.BadParameter(msg)
     return List(range(seeds[0])) if len(seeds) == 1 and "," not in text else seeds
-
-
-def _methods(text: str) -> List:
-    """Read ``name`` or ``name:option=value:option=value``, several with commas."""
-    split = (name.split(":") for name in _names(text))
-    return List({name: _options(options)} if options else name for name, *options in split)
-
-
-def _options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, equals, value = (part.strip() for part in pair.partition("="))
-        if not name or not equals:
-            msg = f"expected an option as name=value, got {pair!r}"
-            raise typer.BadParameter(msg)
-        if name in options:
-            msg = f"the option {name} is given twice"
-            raise typer.BadParameter(msg)
-        options[name] = _value(value)
-    return options
-
-
-def _value(text: str) -> Any:
-    """Read a number, a truth value or None where it looks like one; a string otherwise."""
-    constants = {"true": True, "false": False, "none": None, "null": None}
-    for read in (int, float, constants.__getitem__):
-        with suppress(ValueError, KeyError):
-            return read(text.lower())
-    return text
 
 
 def _argument(metavar: str, text: str) -> Any:
@@ -262,25 +235,25 @@ def couple(
     noise: Annotated[str, _argument("NOISE", "The same, of the same dtype and shape.")],
     output: Annotated[Path, _option("OUT", "File for noise and index (.npy: the noise alone).", "-o", "--output")],
     force: Force = False,
-    method: Annotated[str, _option("NAME", "See couplings methods.")] = "auction",
+    method: Annotated[str, _option("NAME", "See couplings methods; options as sinkhorn:reg=0.1.")] = "auction",
     metric: Annotated[str, _option("NAME", f"One of {_METRICS}.")] = "sqeuclidean",
     quantize: Annotated[str, _option("NAME", f"One of {_QUANTIZERS}.")] = "none",
     condition: Annotated[str | None, _option("FILE", "(n,) integer classes or (n, c) floating conditions.")] = None,
     seed: Annotated[int | None, _option("N", "Of methods that draw.", min=0)] = None,
-    option: Annotated[list[str] | None, _option("NAME=VALUE", "Of the method, as reg=0.1; repeatable.")] = None,
 ) -> int:
     """Write the noise of a file in the order that couples it with the data of another. No file is ever unpickled."""
     import torch
 
     from couplings.ablation.files import check_output, read_array, split_key, write_arrays
+    from couplings.ablation.grid import read_method
 
     # What can be refused before anything large is read, is.
-    options = _options(option)
+    name, options = read_method(method)
     reserved = sorted(options.keys() & {"method", "metric", "quantize", "scope"})
     if reserved:
-        msg = f"--option {reserved[0]}: has a flag of its own, or no meaning here"
+        msg = f"--method {method}: {reserved[0]} has a flag of its own, or no meaning here"
         raise ValueError(msg)
-    coupling = couplings.Coupling(method, metric, None if quantize.lower() == "none" else quantize, **options)
+    coupling = couplings.Coupling(name, metric, None if quantize.lower() == "none" else quantize, **options)
     check_output(output, force=force)
     inputs = [spec for spec in (data, noise, condition) if spec is not None]
     if any(split_key(spec)[0].resolve() == output.resolve() for spec in inputs):
@@ -384,17 +357,13 @@ def quality(
 def compare(
     data: Annotated[str | None, _argument("DATA", _ARRAY)] = None,
     noise: Annotated[str | None, _argument("NOISE", "Its noise, n or k * n rows; without it, Gaussian.")] = None,
-    methods: Annotated[List | None, _axis("By default all that can run here.")] = None,
+    methods: Annotated[List | None, _axis("As sinkhorn:reg=0.1,auction; by default all that can run.")] = None,
     metrics: Metrics = None,
     quantizers: Quantizers = None,
     n: Annotated[int | None, _option("ROWS", "First rows of DATA, by default all; or crops, 256.", "-n", min=1)] = None,
     seed: Annotated[int, _option("N", "Of crops, noise and methods.", min=0)] = 0,
     repeats: Repeats = 5,
     device: Device = "cpu",
-    option: Annotated[
-        list[str] | None,
-        _option("[METHOD.]NAME=VALUE", "For every method that takes it, or for one; repeatable."),
-    ] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, _option("FILE", "Also draw reduction against time, such as out.png.")] = None,
 ) -> int:
@@ -407,12 +376,12 @@ def compare(
 
     from couplings._files import check_target
     from couplings.ablation import measure
-    from couplings.ablation.grid import points, share_options
+    from couplings.ablation.grid import points
     from couplings.ablation.plots import check_plot, plot_comparison
     from couplings.ablation.sources import first_batch
 
     everything = methods in (None, ["all"])
-    axes = {"methods": share_options(methods or "all", _options(option)), "metrics": metrics, "quantizers": quantizers}
+    axes = {"methods": methods, "metrics": metrics, "quantizers": quantizers}
     given = {axis: values for axis, values in axes.items() if values is not None}
     points([given])  # refuses unknown names before anything is read
     if plot is not None:
@@ -449,7 +418,7 @@ def compare(
             console.print(line, markup=False, highlight=False, style="dim")
     failed = [record for record in records if record["error"] is not None]
     for record in failed:
-        title = f"{record['method']}, {record['metric']}, {record['quantize'] or 'none'}"
+        title = f"{record['label']}, {record['metric']}, {record['quantize'] or 'none'}"
         print(f"couplings: {title} failed: {' '.join(record['error'].split())}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -463,7 +432,7 @@ def ablate(
     data: Annotated[List | None, _axis("crops32, crops64, latents, or files of arrays; by default crops32.")] = None,
     labels: Annotated[str | None, _option("FILE", "Classes of the rows of a file.", rich_help_panel=_AXES)] = None,
     n: Annotated[List | None, _axis("Rows on each rank; by default 128,256,512,1024.", "-n", parser=_numbers)] = None,
-    methods: Annotated[List | None, _axis("As sinkhorn:reg=0.1,nearest:k=4; by default all.", parser=_methods)] = None,
+    methods: Annotated[List | None, _axis("As sinkhorn:reg=0.1,package.module:function; by default all.")] = None,
     metrics: Metrics = None,
     quantizers: Quantizers = None,
     conditions: Annotated[List | None, _axis("none, class: couple within classes only; by default none.")] = None,

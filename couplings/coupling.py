@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, wraps
-from types import MappingProxyType
+from functools import cached_property, wraps
+from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args
 
 import numpy as np
@@ -46,21 +46,24 @@ _SHARED_OPTIONS = (*_PRICING_OPTIONS, "select", "group")
 
 def _outside_graphs(function: F) -> F:
     """Let `torch.compile` break its graph at a function: `torch.compiler.disable`, without importing the compiler."""
+    disabled: Callable[..., Any] | None = None
 
     @wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        return _disabled(function)(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
 
     outside.__dict__["_torchdynamo_disable"] = True
+    # The compiler calls it where its graph has ended, and would trace that call by itself, for every new shape.
+    with suppress(AttributeError):  # what `torch._dynamo.skip` does; without it compiling takes longer
+        frames = torch._C._dynamo.eval_frame
+        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(cast(FunctionType, outside).__code__, strategy)
     return cast(F, outside)
-
-
-@cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,7 +148,8 @@ class Coupling:
     Parameters
     ----------
     method : str or callable
-        A name or an alias from `couplings.methods()`, or ``fn(cost, *, generator=None) -> (n,) index``.
+        A name or an alias from `couplings.methods()`, ``"package.module:function"``, or
+        ``fn(cost, *, generator=None) -> (n,) index``.
     metric : str or callable
         A name from `couplings.metrics()`, or ``fn(data, noise) -> (n, m) cost`` on flattened operands; ``+inf`` in it
         forbids a pair.

@@ -64,8 +64,8 @@ def test_couple_writes_what_couple_returns(capsys, folder, arrays, out):
 def test_couple_takes_every_choice_that_the_library_takes(capsys, folder, arrays):
     labels = torch.arange(12) % 3
     torch.save({"labels": labels, "epoch": 4}, "labels.pt")
-    argv = "couple both.npz:images both.npz:noise -o out.pt --method SINKHORN --metric l2 --quantize int8 "
-    argv += "--condition labels.pt:labels --option reg=0.5 --option draw=permutation "
+    argv = "couple both.npz:images both.npz:noise -o out.pt --metric l2 --quantize int8 "
+    argv += "--condition labels.pt:labels --method SINKHORN:reg=0.5:draw=permutation "
     assert run(capsys, argv, "--seed 7")[0] == 0
     expected = couplings.couple(
         arrays["images"],
@@ -104,11 +104,11 @@ BAD_COUPLE = {
     "method": (["images.npy", "noise.npy", "--method", "auctoin"], "Did you mean 'auction'"),
     "metric": (["images.npy", "noise.npy", "--metric", "l3"], "unknown metric 'l3'. Did you mean"),
     "quantizer": (["images.npy", "noise.npy", "--quantize", "fp15"], "Did you mean 'fp16'"),
-    "option": (["images.npy", "noise.npy", "--option", "tolerence=1"], "Did you mean 'tolerance'"),
-    "option twice": (["images.npy", "noise.npy", "--option", "tolerance=1", "--option", "tolerance=2"], "twice"),
-    "option syntax": (["images.npy", "noise.npy", "--option", "tolerance"], "name=value"),
-    "option of the call": (["images.npy", "noise.npy", "--option", "scope=global"], "scope"),
-    "reg": (["images.npy", "noise.npy", "--method", "sinkhorn", "--option", "reg=-1"], "reg= must be positive"),
+    "option": (["images.npy", "noise.npy", "--method", "auction:tolerence=1"], "Did you mean 'tolerance'"),
+    "option twice": (["images.npy", "noise.npy", "--method", "auction:tolerance=1:tolerance=2"], "twice"),
+    "option syntax": (["images.npy", "noise.npy", "--method", "auction:tolerance=1:seconds"], "name=value"),
+    "option of the call": (["images.npy", "noise.npy", "--method", "auction:scope=global"], "scope"),
+    "reg": (["images.npy", "noise.npy", "--method", "sinkhorn:reg=-1"], "reg= must be positive"),
     "seed": (["images.npy", "noise.npy", "--seed", "-1"], "--seed"),
     "condition": (["images.npy", "noise.npy", "--condition", "few.npy:labels"], "without a name"),
     "condition rows": (["images.npy", "noise.npy", "--condition", "labels.npy"], "condition= must have shape (12,)"),
@@ -295,8 +295,9 @@ def test_compare_draws_a_plot(capsys, folder):
         (["--methods", "greedy,"], "commas"),
         (["--metrics", "l2,l4"], "unknown metric 'l4'"),
         (["--quantizers", "int9"], "Did you mean 'int8'"),
-        (["--option", "regg=1"], "Did you mean 'reg'"),
-        (["--methods", "auction", "--option", "reg=1"], "unknown option"),
+        (["--methods", "sinkhorn:regg=1"], "Did you mean 'reg'"),
+        (["--methods", "auction:reg=1"], "unknown option"),
+        (["--methods", "absent.module:function"], "No module named 'absent'. Name a function that can be imported"),
         (["images.pt", "-n", "13"], "12 rows, fewer than -n 13"),
         (["images.pt", "nan.pt"], "NaN"),
         (["images.pt", "few.pt"], "5 of noise"),
@@ -327,7 +328,7 @@ def test_third_party_methods_are_compared_as_any_other_and_cannot_spoil_the_json
     couplings.register("loud", loud, marginal="permutation")
     couplings.register("broken", broken, marginal="permutation", summary="[red]broken[/]")
     try:
-        argv = "compare -n 8 --repeats 1 --methods auction,loud,broken --option volume=2"
+        argv = "compare -n 8 --repeats 1 --methods auction,loud:volume=2,broken"
         code, said, complained = run(capsys, argv, "--json")
         table = run(capsys, argv)[1]
         listed = run(capsys, "methods", "*o*")[1]
@@ -343,6 +344,18 @@ def test_third_party_methods_are_compared_as_any_other_and_cannot_spoil_the_json
     assert cells["auction"]["gap"] == 0.0
     assert "failed" in table
     assert "[red]broken[/]" in listed
+
+
+def test_a_promise_that_is_broken_is_said_beside_its_row(capsys):
+    couplings.register("closest", lambda cost, *, generator=None: cost.argmin(1), marginal="resampled")
+    try:
+        code, table, _ = run(capsys, "compare -n 64 --repeats 1 --methods auction,closest")
+    finally:
+        del registry._registry["closest"]
+    assert code == 0
+    assert "resampled: broken" in table
+    assert "closest: declares 'resampled', but moved the" in table
+    assert "auction: declares" not in table
 
 
 # --- methods, env

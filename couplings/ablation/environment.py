@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import inspect
 import os
 import platform
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,10 @@ from typing import Any
 import torch
 
 import couplings
+from couplings.assigners.registry import ENTRY_POINT_GROUP, find
 from couplings.kernels import l1
 
-__all__ = ["describe", "missing_packages", "summary"]
+__all__ = ["describe", "missing_packages", "plugin", "summary"]
 
 _REQUIRED = ("torch", "numba", "numpy", "scipy")
 
@@ -83,6 +87,39 @@ def missing_packages(extra: str) -> list[str]:
     """List the packages of an extra such as ``"pot"`` that cannot be imported here, as they are named for pip."""
     packages = _extras().get(extra, [extra])
     return [package for package in packages if find_spec(_MODULES.get(package.lower(), package)) is None]
+
+
+@cache
+def plugin(method: str) -> dict[str, str | None] | None:
+    """Say which package a method comes from, and in which version.
+
+    Parameters
+    ----------
+    method : str
+        Name, or ``package.module:function``.
+
+    Returns
+    -------
+    dict or None
+        ``package``, as it is named for pip, or the module that is on the path; ``version``; and ``source``, a digest of
+        the file that holds the function, since a package under development keeps its version. None for built-in
+        methods.
+    """
+    found = find(method)
+    if found.builtin:
+        return None
+    module = inspect.getmodule(found.fn)
+    name = module.__name__ if module is not None else type(found.fn).__module__
+    top = name.partition(".")[0]
+    entries = (each for each in entry_points(group=ENTRY_POINT_GROUP) if each.module.partition(".")[0] == top)
+    named = next((each.dist.name for each in entries if each.dist is not None), None)
+    package = named or next(iter(packages_distributions().get(top, ())), None)
+    version = _installed(package) if package else getattr(sys.modules.get(top), "__version__", None)
+    try:
+        source = hashlib.sha256(Path(inspect.getfile(found.fn)).read_bytes()).hexdigest()[:12]
+    except (TypeError, OSError):  # built into the interpreter, or typed into it
+        source = None
+    return {"package": package or name, "version": version, "source": source}
 
 
 def _extras() -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ from couplings._names import unknown
 from couplings.assigners.registry import find
 from couplings.coupling import Coupling
 
-__all__ = ["AXES", "CANDIDATES", "Point", "chooses", "points", "read_grid", "share_options"]
+__all__ = ["AXES", "CANDIDATES", "Point", "chooses", "points", "read_grid", "read_method"]
 
 AXES: dict[str, Any] = {
     "data": ["crops32"],
@@ -153,7 +154,7 @@ def points(grids: Sequence[Mapping[str, Any]]) -> list[Point]:
     ----------
     grids : sequence of mapping
         Axes to their values; a single value stands for a list of one. ``seeds`` is a list, or how many from 0 on.
-        A method with options is a mapping, ``{"sinkhorn": {"reg": 0.1}}``.
+        A method with options is a mapping, ``{"sinkhorn": {"reg": 0.1}}``, or ``"sinkhorn:reg=0.1"``.
 
     Returns
     -------
@@ -236,7 +237,7 @@ def _methods(value: Any) -> list[tuple[str, dict[str, Any]]]:
         return [(info.name, {}) for info in couplings.methods()]
     found = []
     for each in [value] if isinstance(value, dict) else _listed(value):
-        entries = each.items() if isinstance(each, dict) else [(each, None)]
+        entries = each.items() if isinstance(each, dict) else [read_method(str(each))]
         for name, options in entries:
             if not isinstance(options, dict | None):
                 msg = f"methods: expected the options of {name} as a mapping, such as {{reg: 0.1}}, got {options!r}."
@@ -245,40 +246,49 @@ def _methods(value: Any) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def share_options(methods: Any, options: Mapping[str, Any]) -> list[dict[str, dict[str, Any]]]:
-    """Give options to the methods that they are meant for.
+def read_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a method with its options, ``name:option=value:option=value``.
 
     Parameters
     ----------
-    methods : list of str, or "all"
-    options : mapping
-        ``name`` goes to every method that takes it, ``method.name`` to that method.
+    text : str
+        The name may be ``package.module:function``. A value is a number, a truth value or None where it looks like
+        one, and a string otherwise.
 
     Returns
     -------
-    list of dict
-        The axis ``methods`` with the options.
+    str, dict
+        The name as it stands, and the options.
 
     Raises
     ------
     ValueError
-        For an unknown method.
-    TypeError
-        For an option that none of the methods takes.
+        If something is no ``option=value``, or an option is given twice.
+
+    Examples
+    --------
+    >>> read_method("sinkhorn:reg=0.1:draw=rows")
+    ('sinkhorn', {'reg': 0.1, 'draw': 'rows'})
     """
-    shared: dict[str, dict[str, Any]] = {name: {} for name, _ in _methods(methods)}
-    known = {name: find(name).option_names for name in shared}  # None: it takes any
-    for option, value in options.items():
-        method, _, name = option.rpartition(".")
-        takers = [key for key, names in known.items() if names is None or name in names]
-        if method:
-            takers = [find(method).info.name]
-            if takers[0] not in shared:
-                msg = f"the option {option} is for {takers[0]}, which is not compared. Compared: {', '.join(shared)}."
-                raise ValueError(msg)
-        if not takers:
-            every = {each for names in known.values() for each in names or ()}
-            raise TypeError(unknown("option of the methods compared:", name, every))
-        for each in takers:
-            shared[each][name] = value
-    return [{name: options} for name, options in shared.items()]
+    parts = [part.strip() for part in text.split(":")]
+    # A name may hold a colon itself.
+    first = next((i for i, part in enumerate(parts) if "=" in part), len(parts))
+    options: dict[str, Any] = {}
+    for part in parts[first:]:
+        name, equals, value = (each.strip() for each in part.partition("="))
+        if not name or not equals:
+            msg = f"expected an option as name=value, got {part!r} in {text!r}. Type: sinkhorn:reg=0.1"
+            raise ValueError(msg)
+        if name in options:
+            msg = f"the option {name} is given twice in {text!r}."
+            raise ValueError(msg)
+        options[name] = _value(value)
+    return ":".join(parts[:first]), options
+
+
+def _value(text: str) -> Any:
+    constants = {"true": True, "false": False, "none": None, "null": None}
+    for read in (int, float, constants.__getitem__):
+        with suppress(ValueError, KeyError):
+            return read(text.lower())
+    return text

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from couplings.ablation.environment import missing_packages
+from couplings.ablation.environment import missing_packages, plugin
 from couplings.ablation.grid import Point, chooses
 from couplings.ablation.memory import peak_bytes
 from couplings.ablation.sources import Batch, Source, open_source
@@ -35,6 +35,9 @@ Optimum = tuple[float, Tensor]
 
 # A coupling is not timed again once its calls have taken this long together, in seconds.
 _TIME_PER_CELL = 10.0
+
+# A mean of n rows that is further off than this many standard errors is not by chance.
+_CHANCE = 6.0
 
 # Up to this many rows, the optimum is found even if no exact method is compared: it takes a second at most.
 _ROWS_TO_SOLVE = 4096
@@ -111,6 +114,8 @@ def quality(
     dict
         - ``noise_rows``: rows of noise that could be chosen from.
         - ``exact``, ``marginal``: what the method declares.
+        - ``plugin``: `couplings.ablation.environment.plugin` of the method; None if it is built in.
+        - ``broken``: what became of the noise that the method's marginal does not allow, as measured; None if nothing.
         - ``rows_used``: different rows of noise among the pairs, n for a permutation.
         - ``drift``: of the coupled noise against the noise that was offered, as `couplings.diagnostics.marginal_drift`
           measures it; zeros where the rows are the same.
@@ -123,11 +128,12 @@ def quality(
         The pairs of all ranks; None where the method was skipped or failed.
     """
     info = find(coupling.method).info
-    measured = ("rows_used", "drift", "cost", "cost_before", "reduction", "gap", "certified_gap", "agreement")
+    measured = ("broken", "rows_used", "drift", "cost", "cost_before", "reduction", "gap", "certified_gap", "agreement")
     record: Record = {
         "noise_rows": len(_offered(batch, coupling)),
         "exact": info.exact,
         "marginal": info.marginal,
+        "plugin": plugin(str(coupling.method)),
         **dict.fromkeys(measured),
         "notes": [],
         "skipped": obstacle(coupling, batch),
@@ -188,6 +194,7 @@ def _pairs(batch: Batch, coupling: Coupling, coupled: Coupled[Any], optimum: Opt
         drift = {name: _finite(moved[name]) for name in drift}
     record: Record = {
         "marginal": coupled.marginal,
+        "broken": _broken(batch.data, noise, coupled),
         "rows_used": used,
         "drift": drift,
         "cost": distance.after,
@@ -203,6 +210,35 @@ def _pairs(batch: Batch, coupling: Coupling, coupled: Coupled[Any], optimum: Opt
         record["gap"] = excess / abs(least) if least else None if excess else 0.0
         record["agreement"] = float((coupled.index == index.to(coupled.index.device)).double().mean())
     return record
+
+
+def _broken(data: Tensor, noise: Tensor, coupled: Coupled[Any]) -> str | None:
+    """Say how the coupled noise departs from a declared marginal, beyond chance.
+
+    Rows that have the right law averaged over data move the mean of any function of a row by about its standard
+    deviation over the root of n, or less; the bounds are wide enough for all cells of an ablation together.
+    """
+    index, n = coupled.index.to(noise.device), len(coupled.index)
+    if coupled.marginal == "selected":
+        return None
+    if coupled.marginal == "permutation":
+        used = len(torch.unique(index))
+        return None if used == n else f"declares 'permutation', but used {used} different rows of noise for {n}"
+    rows, centre = noise.flatten(1).double(), data.flatten(1).double().mean(0)
+    functions = {
+        "squared norm": rows.square().sum(1),
+        "mean": rows.mean(1),
+        "component along the mean of the data": rows @ centre,
+        "fourth power": rows.pow(4).sum(1),
+    }
+    for name, values in functions.items():
+        moved = float((values[index].mean() - values.mean()) / values.std(correction=0).clamp_min(1e-300))
+        if abs(moved) * math.sqrt(n) > _CHANCE:
+            return (
+                f"declares 'resampled', but moved the {name} of the noise by {moved:+.1f} standard deviations "
+                f"({abs(moved) * math.sqrt(n):.0f} times what chance does)"
+            )
+    return None
 
 
 def _finite(value: float | None) -> float | None:
@@ -271,8 +307,8 @@ def compare(
     Returns
     -------
     list of dict
-        In the order of `points`: ``data``, ``seed``, ``method``, ``metric``, ``quantize``, ``options``, ``n``, and what
-        `quality` and `timing` tell.
+        In the order of `points`: ``data``, ``seed``, ``label`` (the method with its options), ``method``, ``metric``,
+        ``quantize``, ``options``, ``n``, and what `quality` and `timing` tell.
     """
     solve = len(batch.data) <= _ROWS_TO_SOLVE or any(find(point.method).info.exact for point in points)
     records: list[Record] = []
@@ -280,7 +316,8 @@ def compare(
         on_start(len(records))
         coupling = point.coupling()
         pairs, coupled = quality(batch, coupling, point.seed, optimum(batch, point.metric) if solve else None)
-        record = {"data": batch.name, "seed": point.seed} | coupling.to_dict() | {"n": len(batch.data)} | pairs
+        head = {"data": batch.name, "seed": point.seed, "label": point.label}
+        record = head | coupling.to_dict() | {"n": len(batch.data)} | pairs
         record |= {"seconds": None, "seconds_iqr": None, "phases": None, "repeats": 0}
         del record["scope"]
         if coupled is not None:
@@ -370,7 +407,8 @@ class Measurer:
         Returns
         -------
         dict
-            The fields of the point, ``ms`` and ``ms_iqr``, ``phases_ms``, ``repeats``, ``threads`` and ``peak_bytes``.
+            The fields of the point, ``ms`` and ``ms_iqr``, ``phases_ms``, ``repeats``, ``threads``, ``peak_bytes`` and
+            ``plugin``.
         """
         batch, coupling = self._batch(point)[1], point.coupling()
 
@@ -388,6 +426,7 @@ class Measurer:
             "repeats": found["repeats"],
             "threads": torch.get_num_threads(),
             "peak_bytes": int(memory) or None,
+            "plugin": plugin(point.method),
         }
 
 

@@ -261,8 +261,8 @@ def plot_comparison(records: Sequence[Mapping[str, Any]], batch: Batch, path: Pa
 
     metrics = list(dict.fromkeys(record["metric"] for record in records))
     records = [record for record in records if record["seconds"] is not None]
-    methods, quantizers = (dict.fromkeys(record[axis] for record in records) for axis in ("method", "quantize"))
-    biased = {record["method"] for record in records if record["marginal"] == "selected"}
+    methods, quantizers = (dict.fromkeys(record[axis] for record in records) for axis in ("label", "quantize"))
+    biased = {record["label"] for record in records if record["marginal"] == "selected" or record["broken"]}
     tab20: Any = colormaps["tab20"]  # its ten strong colours first, then their ten pale ones
     colours = {method: tab20(2 * i % 20 + i // 10 % 2) for i, method in enumerate(methods)}
     markers = {quantize: _MARKERS[i % 6] for i, quantize in enumerate(quantizers)}
@@ -274,8 +274,8 @@ def plot_comparison(records: Sequence[Mapping[str, Any]], batch: Batch, path: Pa
         panel.set_axis_off()
     for i, (panel, metric) in enumerate(zip(panels, metrics, strict=False)):
         for record in (record for record in records if record["metric"] == metric):
-            style = {"color": colours[record["method"]], "marker": markers[record["quantize"]], "markersize": 8}
-            style |= {"linestyle": "none", "elinewidth": 1.5, "hollow": record["marginal"] == "selected"}
+            style = {"color": colours[record["label"]], "marker": markers[record["quantize"]], "markersize": 8}
+            style |= {"linestyle": "none", "elinewidth": 1.5, "hollow": record["label"] in biased}
             xerr = 500 * min(record["seconds_iqr"], record["seconds"])  # a bar to 0 has no end on this axis
             _draw(panel, 0, "", 1000 * record["seconds"], 100 * record["reduction"], xerr, None, **style)
         panel.set(title=metric, xlabel="milliseconds per call", xscale="log")

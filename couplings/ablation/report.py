@@ -24,6 +24,7 @@ PAPER_TABLE_3 = {128: (0.0193, 5.4), 256: (0.0216, 6.7), 512: (0.0232, 8.8), 102
 _MEASURED = (
     *("reduction", "gap", "certified_gap", "agreement", "marginal", "rows", "noise_rows", "rows_used", "drift"),
     *("leakage", "rows_changed", "reduction_lost", "ms", "phases_ms", "peak_bytes", "notes", "skipped", "error"),
+    *("broken", "plugin"),
 )
 """Fields that all records of an ablation may lack."""
 
@@ -96,7 +97,7 @@ def sections(paths: Sequence[Path]) -> list[Section]:
         Section("Classes", tables=_classes(measured)),
         Section("Over ranks", tables=_ranks(measured)),
         Section("How to read the tables", TEST),
-        Section("Grid", tables=[_grid(measured)]),
+        Section("Grid", tables=[_grid(measured), *_plugins(cells)]),
         Section("Skipped, failed or warned", "" if troubles else "Nothing.", troubles),
         *_origins(found, paths),
     ]
@@ -115,8 +116,8 @@ def prepare(found: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         That of `couplings.ablation.records.cells`, and ``biased``: whether the method chooses its noise (its ``label``
-        ends in †). ``quantize`` and ``condition`` are "none" where there is none, ``leakage`` and ``drift`` are
-        numbers.
+        ends in †), or was measured to break the marginal that it declares (‡, in all its cells). ``quantize`` and
+        ``condition`` are "none" where there is none, ``leakage`` and ``drift`` are numbers.
 
     Raises
     ------
@@ -130,8 +131,10 @@ def prepare(found: pd.DataFrame) -> pd.DataFrame:
         msg = f"a report is made of what couplings ablate recorded, but the files hold {got}."
         raise ValueError(msg)
     cells = cells.reindex(columns=cells.columns.union(_MEASURED, sort=False))
-    cells["biased"] = cells["marginal"] == "selected"
-    cells["label"] += cells["biased"].map({True: " †", False: ""})
+    selected = cells["marginal"] == "selected"
+    broken = cells["broken"].notna().groupby(cells["label"]).transform("any")
+    cells["biased"] = selected | broken
+    cells["label"] += selected.map({True: " †", False: ""}) + broken.map({True: " ‡", False: ""})
     cells[["quantize", "condition"]] = cells[["quantize", "condition"]].fillna("none")
     cells["leakage"] = cells["leakage"].map(itemgetter("z"), na_action="ignore")
     cells["drift"] = cells["drift"].map(itemgetter("norm"), na_action="ignore")
@@ -333,10 +336,20 @@ def _grid(cells: pd.DataFrame) -> Table:
     return Table(caption, pd.DataFrame({"values": values}).rename_axis("axis"), words=True)
 
 
+def _plugins(cells: pd.DataFrame) -> list[Table]:
+    """Name the packages of the methods that are not built in."""
+    found = cells.dropna(subset="plugin").drop_duplicates("label", keep="last").set_index("label")
+    if found.empty:
+        return []
+    frame = pd.DataFrame(found["plugin"].tolist(), index=found.index.rename("method")).fillna("").astype(object)
+    return [Table("Methods of other packages; source: a digest of the file with the function.", frame, words=True)]
+
+
 def _troubles(cells: pd.DataFrame) -> list[Table]:
     reasons = [
         cells["skipped"].map("skipped: {}".format, na_action="ignore"),
         cells["error"].map("failed: {}".format, na_action="ignore"),
+        cells["broken"],
         cells["notes"].explode(),
     ]
     reason = pd.concat(reasons).dropna().map(lambda text: " ".join(text.split()))

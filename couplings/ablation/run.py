@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from couplings.ablation.environment import summary
+from couplings.ablation.environment import plugin, summary
 from couplings.ablation.grid import Point
 from couplings.ablation.records import Log
 from couplings.ablation.sources import open_source
@@ -86,7 +86,8 @@ def run(
     digests = _check_sources(points)
     tasks = ["quality", "time"] if times else ["quality"]
     with Log(output, restart=restart) as log:
-        todo = _todo(points, tasks, _finished(log.records, digests))
+        plugins = {point.method: plugin(point.method) for point in points}
+        todo = _todo(points, tasks, _finished(log.records, digests, plugins))
         wanted = [(point, task) for point in points for task in todo[point.key]]
         outcome = Outcome(
             kept=len(points) * len(tasks) - len(wanted),
@@ -98,6 +99,7 @@ def run(
             here = summary(settings.threads)
             if outcome.kept:
                 outcome.notes += _changed(log.records, here, outcome.kept)
+            outcome.notes += _changed_plugins(log.records, plugins)
             log.add({"task": "run", "run": number, "command": command, "environment": here})
         on_progress(outcome)
 
@@ -143,13 +145,15 @@ def _check_sources(points: Sequence[Point]) -> dict[Any, str | None]:
     return digests
 
 
-def _finished(records: Sequence[Record], digests: dict[Any, str | None]) -> set[tuple[str, str]]:
-    """Tasks and cells on record, without what failed, was skipped, or was measured on other data."""
+def _finished(
+    records: Sequence[Record], digests: dict[Any, str | None], plugins: dict[str, Any]
+) -> set[tuple[str, str]]:
+    """Tasks and cells on record, without what failed, was skipped, or was measured on other data or another plug-in."""
     found = set()
     for record in records:
         if record.get("task") in ("quality", "time") and not (record.get("error") or record.get("skipped")):
             same = record["task"] == "time" or record["digest"] == digests.get((record["data"], record["labels"]))
-            if same:
+            if same and record.get("plugin") == plugins.get(record["method"]):
                 found.add((record["task"], Point.from_dict(record).key))
     return found
 
@@ -187,3 +191,19 @@ def _changed(records: Sequence[Record], now: Record, kept: int) -> list[str]:
     if not changed:
         return []
     return [f"{kept} measurements are kept that were made with {', '.join(changed)}; --restart makes all of them again"]
+
+
+def _changed_plugins(records: Sequence[Record], now: dict[str, Any]) -> list[str]:
+    """Return a note for each method of another package that is not the one on record."""
+    before = {each["method"]: each["plugin"] for each in records if each.get("plugin") and each["method"] in now}
+    return [
+        f"{method} is measured again: {_named(before[method])} is on record, {_named(now[method])} is here"
+        for method in before
+        if before[method] != now[method]
+    ]
+
+
+def _named(plugin: Record | None) -> str:
+    if plugin is None:
+        return "couplings' own"
+    return f"{plugin['package']} {plugin['version'] or 'without a version'} (source {plugin['source']})"

@@ -14,7 +14,7 @@ TEST = (
     "Bold: the best of its column. Underlined: not significantly worse than the best (one-sided paired t-test over the "
     f"seeds, which share data and noise, at {LEVEL:g} with Holm's correction for the rows of the column; of times, on "
     "their logarithms). With few seeds the test finds only large differences. Rows marked † bias the noise and take no "
-    "part."
+    "part; nor do rows marked ‡, which declare that they do not bias it and were measured to do so."
 )
 
 

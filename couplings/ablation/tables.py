@@ -68,11 +68,11 @@ def comparison_tables(records: Sequence[Record], batch: Batch) -> list[Table]:
     """
     n, *shape = batch.data.shape
     title = f"{n} rows of {batch.name}, {'x'.join(map(str, shape))}"
-    methods = {record["method"] for record in records}
+    methods = {record["label"] for record in records}
     if len(methods) == 1:
         return [_cells(f"{title}, {methods.pop()}", "metric", [(_kind(record), record) for record in records])]
     return [
-        _cells(f"{title}, {kind}", "method", [(record["method"], record) for record in group])
+        _cells(f"{title}, {kind}", "method", [(record["label"], record) for record in group])
         for kind, group in groupby(records, _kind)
     ]
 
@@ -124,6 +124,8 @@ def _permuted(record: Record) -> bool:
 
 def _marginal(record: Record) -> str:
     marginal = str(record["marginal"])
+    if record["broken"] is not None:
+        return f"[red]{marginal}: broken[/], norm {record['drift']['norm']:+.2f} sd"
     if _permuted(record):
         return marginal
     if record["rows_used"] != record["n"]:
@@ -148,7 +150,7 @@ def comparison_footnotes(records: Sequence[Record], batch: Batch, threads: int) 
         lines.append("proven: the method's own certificate, an upper bound of the gap for the matrix that it solved")
     if any(map(_permuted, done)):
         lines.append("marginal permutation: checked, the same rows bit for bit")
-    chosen = sorted({record["method"] for record in done if record["noise_rows"] > record["n"]})
+    chosen = sorted({record["label"] for record in done if record["noise_rows"] > record["n"]})
     if chosen:
         k = len(batch.noise) // len(batch.data)
         lines.append(f"{', '.join(chosen)}: k = {k} candidates per row, {k} times the noise of the others, so no gap")
@@ -156,6 +158,7 @@ def comparison_footnotes(records: Sequence[Record], batch: Batch, threads: int) 
         lines.append("norm: drift of the mean squared norm of the noise, in standard deviations of one row's")
     for record in records:
         reason = record["error"] or record["skipped"]
-        lines += [f"{record['method']}: {reason}"] if reason else []
-        lines += [f"{record['method']}, {_kind(record)}: {note}" for note in record["notes"]]
+        lines += [f"{record['label']}: {reason}"] if reason else []
+        lines += [f"{record['label']}: {record['broken']}"] if record["broken"] else []
+        lines += [f"{record['label']}, {_kind(record)}: {note}" for note in record["notes"]]
     return list(dict.fromkeys(lines))

@@ -6,11 +6,12 @@ import inspect
 import logging
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
 from couplings._names import unknown
 from couplings._types import Marginal, Needs
@@ -222,8 +223,8 @@ def _add(
     if needs not in get_args(Needs):
         raise ValueError(unknown("needs", needs, get_args(Needs)))
     key = name.strip().lower()
-    if not key:
-        msg = "a method's name must not be empty."
+    if not key or set(key) & set(":,="):
+        msg = f"a method's name must not be empty, nor hold ':', ',' or '=', which set its options, got {name!r}."
         raise ValueError(msg)
     summary = summary or (inspect.getdoc(fn) or "").partition("\n")[0]
     info = MethodInfo(key, summary, exact, marginal, needs, shift_invariant)
@@ -281,12 +282,14 @@ def _register_from(entry_point: EntryPoint) -> None:
 
 
 def find(method: str | AssignFn) -> Method:
-    """Look up a name or an alias, or wrap a bare callable.
+    """Look up a name or an alias, import ``"package.module:function"``, or wrap a bare callable.
+
+    A function that its module registered keeps what was declared there; any other is held to a permutation.
 
     Raises
     ------
     ValueError
-        For an unknown name, with the closest known one.
+        For an unknown name, with the closest known one, or a function that cannot be imported.
     TypeError
         For anything that is neither a name nor callable.
     """
@@ -294,12 +297,34 @@ def find(method: str | AssignFn) -> Method:
         _read_entry_points()
         key = method.strip().lower()
         found = _registry.get(ALIASES.get(key, key))
+        if found is None and ":" in key:
+            return _from_module(method.strip())
         if found is None:
             raise ValueError(" ".join([unknown("method", method, [*_known(), *ALIASES]), *_broken_entry_points]))
         return found
     if callable(method):
-        name = getattr(method, "__name__", type(method).__name__)
-        info = MethodInfo(name, "a callable", False, "permutation", "cost", False)
-        return Method(info, lambda: method, registered=False)
+        return _bare(method, getattr(method, "__name__", type(method).__name__), "a callable")
     msg = f"method= takes a name or a callable, got {type(method).__name__}."
     raise TypeError(msg)
+
+
+def _bare(fn: AssignFn, name: str, summary: str) -> Method:
+    return Method(MethodInfo(name, summary, False, "permutation", "cost", False), lambda: fn, registered=False)
+
+
+def _from_module(path: str) -> Method:
+    module, _, name = path.partition(":")
+    try:
+        fn: Any = import_module(module)
+        for part in name.split("."):
+            fn = getattr(fn, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        msg = f"no method {path!r}: {error}. Name a function that can be imported, as package.module:function."
+        raise ValueError(msg) from error
+    if not callable(fn):
+        msg = f"the method {path!r} must be a function cost -> index, got {type(fn).__name__}."
+        raise TypeError(msg)
+    for method in _known().values():
+        if not method.builtin and method.fn is fn:
+            return replace(method, info=replace(method.info, name=path))
+    return _bare(fn, path, (inspect.getdoc(fn) or "").partition("\n")[0])

@@ -28,7 +28,7 @@ _CHECK = 10  # iterations between two looks of the host at the error, away from 
 _RANGE = 30.0  # a scaling with a larger logarithm is put into the kernel
 _HUGE = 1e30  # stands in for entries that float32 does not reach
 
-_logged: set[tuple[float, int]] = set()
+_logged: set[tuple[object, ...]] = set()
 
 
 def assign(
@@ -83,6 +83,36 @@ def assign(
             logger.warning(msg)
     index = _draw(plan, generator, replace=draw == "rows")
     return Assignment(index, marginal="resampled" if draw == "rows" else None)
+
+
+def entropic_plan(cost: Tensor, reg: float, *, max_iterations: int = 2000, warn: bool = True) -> Tensor:
+    """Solve for the plan itself, with its entropy in units of the cost.
+
+    Parameters
+    ----------
+    cost : (n, n) Tensor
+    reg : float
+        Strength of the entropy, in units of the cost.
+    max_iterations : int
+    warn : bool
+        Log a warning, once for the same `reg`, if the columns of the plan are off by more than 1e-3 on average.
+
+    Returns
+    -------
+    (n, n) float64 Tensor
+        Its rows sum to 1.
+    """
+    _check(reg, "rows", max_iterations)
+    scaled = cost - cost.amin(1, keepdim=True)
+    scaled -= scaled.amin(0)
+    plan = _solve((scaled / reg).clamp_(max=_HUGE).float(), max_iterations)
+    if warn and not plan.error <= _COLUMN_ERROR_LIMIT and ("plan", reg) not in _logged:
+        _logged.add(("plan", reg))
+        logger.warning(
+            "Sinkhorn did not converge in %d iterations at reg=%s: the plan's columns are off by %.1e.",
+            *(max_iterations, reg, plan.error),
+        )
+    return torch.softmax(plan.log_v.double() - plan.scaled.double(), 1)
 
 
 class Plan(NamedTuple):

@@ -1,14 +1,15 @@
 """Test a coupling: checks that it keeps the distribution of the noise, and batches whose best pairing is known.
 
-The checks (`check_marginal`, `check_coupler`) need nothing but couplings. The strategies (`translations`,
-`planted_permutations`, `sorted_1d`, `convex_gradients`, `batches`) are for Hypothesis, which
-``pip install 'couplings[test]'`` brings; it is imported when a strategy is first named.
+The checks of the noise (`check_marginal`, `check_coupler`, `broken_promise`) need nothing but couplings. `check_method`
+and the strategies (`translations`, `planted_permutations`, `sorted_1d`, `convex_gradients`, `batches`) need Hypothesis,
+which ``pip install 'couplings[test]'`` brings; it is imported when one is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from couplings.testing.checks import MarginalError, MarginalReport, check_coupler, check_marginal
+from couplings.testing.checks import MarginalError, MarginalReport, broken_promise, check_coupler, check_marginal
+from couplings.testing.methods import PROPERTIES, check_method
 from couplings.testing.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "PROPERTIES",
     "Instance",
     "MarginalError",
     "MarginalReport",
     "Statistic",
     "batches",
+    "broken_promise",
     "check_coupler",
     "check_marginal",
+    "check_method",
     "convex_gradients",
     "planted_permutations",
     "sorted_1d",

@@ -15,7 +15,7 @@ from torch import Tensor
 from couplings._names import unknown
 from couplings._types import Marginal, Needs
 from couplings.assigners.method import BrokenPromiseError
-from couplings.assigners.registry import methods
+from couplings.assigners.registry import find
 from couplings.coupling import Coupled, Coupling
 from couplings.testing.statistics import Statistic, directions_to_test, equal_use, mean_differences, zero_mean
 
@@ -166,8 +166,7 @@ def check_marginal(
 
     if isinstance(method, str):
         coupling = Coupling(method, **options)
-        name = str(coupling.method)
-        declared = next(info.marginal for info in methods() if info.name == name)
+        name, declared = str(coupling.method), find(method).info.marginal
 
         def run(data: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             coupled = coupling(data, noise, generator=choose)
@@ -273,6 +272,45 @@ def check_coupler(
     noises = (torch.randn(like.shape, generator=draw).to(like) for _ in range(batches))
     measured, statistics = _test_batches(run, data, noises, labels, failures, false_alarm, draw)
     return _judge(_name(fn), marginal, data, measured, statistics, failures, false_alarm)
+
+
+def broken_promise(coupling: Coupling) -> str | None:
+    """Measure whether a method that is not built in keeps the marginal that it declares; for trainers to warn of.
+
+    Parameters
+    ----------
+    coupling : Coupling
+        Its method and the method's options are measured.
+
+    Returns
+    -------
+    str or None
+        What is broken, in a line; None if nothing is, or the method is a built-in one.
+
+    Notes
+    -----
+    Takes about a second: `check_marginal` on small batches. An error that the method raises is left to the training.
+
+    Examples
+    --------
+    >>> import couplings
+    >>> from couplings.testing import broken_promise
+    >>> broken_promise(couplings.Coupling(lambda cost, *, generator=None: cost.argmin(1)))
+    "the method <lambda> declares the marginal 'permutation' and breaks it: ..."
+    """
+    method = find(coupling.method)
+    if method.builtin:
+        return None
+    options = {name: value for name, value in coupling.options.items() if name in (method.option_names or ())}
+    name, declared = method.info.name, method.info.marginal
+    needs: Any = {} if isinstance(coupling.method, str) else {"needs": method.info.needs}
+    try:
+        check_marginal(coupling.method, marginal=declared, **needs, **options)
+    except MarginalError as error:
+        return f"the method {name} declares the marginal {declared!r} and breaks it: {'; '.join(error.report.failures)}"
+    except Exception:
+        return None
+    return None
 
 
 _Run = Callable[[Tensor, Tensor], tuple[object, Tensor | None]]  # (data, noise) -> returned noise, index if known

@@ -6,13 +6,15 @@ Those that give an `Instance` take ``max_rows``, ``max_dim`` (elements in a row)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
+    from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 except ImportError as error:
     msg = "the strategies need Hypothesis, which is not installed. Type: pip install 'couplings[test]'"
@@ -142,3 +144,21 @@ def _shuffled(draw: st.DrawFn, data: Tensor, noise: Tensor, dtype: torch.dtype, 
     """Noise in another order, with the pairing that undoes it."""
     order = torch.tensor(draw(st.permutations(range(len(data)))))
     return Instance(data.to(dtype), noise[order].to(dtype), order.argsort(), metrics)
+
+
+def given_data(check: Callable[[Any], None], examples: int) -> None:
+    """Run a check that draws its batches itself, the same ones every time; the smallest that fails is reported."""
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(draw=st.data())
+    def run(draw: Any) -> None:
+        check(draw)
+
+    run()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from couplings.ablation.grid import Point, points, read_grid, share_options
+from couplings.ablation.grid import Point, points, read_grid, read_method
 from couplings.cli import main
 
 YAML = """
@@ -73,12 +73,43 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path, name, text):
         read_grid(tmp_path / name)
 
 
-def test_options_go_to_the_methods_that_take_them():
-    shared = share_options(["auction", "sinkhorn", "sliced"], {"reg": 0.5, "sliced.directions": 3})
-    assert shared == [{"auction": {}}, {"sinkhorn": {"reg": 0.5}}, {"sliced": {"directions": 3}}]
-    with pytest.raises(TypeError, match="Did you mean 'reg'"):
-        share_options(["auction", "sinkhorn"], {"regg": 0.5})
-    with pytest.raises(ValueError, match="sinkhorn, which is not compared"):
-        share_options(["auction"], {"sinkhorn.reg": 0.5})
-    with pytest.raises(TypeError, match="option of the method auction"):
-        points([{"methods": share_options(["auction"], {"auction.reg": 0.5})}])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ["auction", "sinkhorn:reg=0.1:draw=rows"],
+        ["auction", {"sinkhorn": {"reg": 0.1, "draw": "rows"}}],
+        [{"auction": None, "sinkhorn": {"reg": 0.1, "draw": "rows"}}],
+    ],
+    ids=["text", "mapping", "one mapping"],
+)
+def test_options_are_written_in_either_way(methods):
+    cells = points([{"methods": methods, "n": 8, "seeds": 1}])
+    assert [(cell.method, cell.options) for cell in cells] == [
+        ("auction", {}),
+        ("sinkhorn", {"reg": 0.1, "draw": "rows"}),
+    ]
+    assert cells[1].label == "sinkhorn reg=0.1 draw=rows"
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("auction", ("auction", {})),
+        (" nearest : k = 4 :score=dot", ("nearest", {"k": 4, "score": "dot"})),
+        ("own.module:function", ("own.module:function", {})),
+        (
+            "own.module:function:depth=2:wide=true:seed=none",
+            ("own.module:function", {"depth": 2, "wide": True, "seed": None}),
+        ),
+    ],
+)
+def test_a_method_is_read_with_its_options(text, read):
+    assert read_method(text) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a:b=1:c", "name=value, got 'c'"), ("a:=1", "name=value"), ("a:b=1:b=2", "twice")]
+)
+def test_options_that_cannot_be_read_are_named(text, said):
+    with pytest.raises(ValueError, match=said):
+        read_method(text)

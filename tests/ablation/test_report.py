@@ -68,6 +68,25 @@ def page(files):
     return (files / "r.html").read_text()
 
 
+def test_what_breaks_its_promise_is_marked_in_all_its_cells_and_takes_no_part(tmp_path):
+    records = [record for seed in range(3) for n in (64, 128) for record in cell("greedy", n, seed, 0.02, 1.0)]
+    for seed in range(3):
+        for n in (64, 128):
+            quality, time = cell("closest", n, seed, 0.5, 0.1, marginal="resampled")
+            plugin = {"package": "own", "version": "1.0", "source": "abc"}
+            broken = "declares 'resampled', but moved the norm" if (n, seed) == (128, 1) else None
+            records += [quality | {"broken": broken, "plugin": plugin}, time | {"plugin": plugin}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cells = prepare(read_records([tmp_path / "a.jsonl"]))
+    assert set(cells.loc[cells["method"] == "closest", "label"]) == {"closest ‡"}
+    assert set(cells.loc[cells["biased"], "method"]) == {"closest"}
+    (path,) = write([tmp_path / "a.jsonl"], markdown=tmp_path / "a.md")[:1]
+    page = path.read_text()
+    assert "declares 'resampled', but moved the norm" in page
+    assert "| closest ‡ | own | 1.0 | abc |" in page
+    assert not any("**" in line for line in page.splitlines() if line.startswith("| closest"))
+
+
 def table(made, caption):
     """The table whose caption begins so."""
     return next(table for section in made for table in section.tables if table.caption.startswith(caption))

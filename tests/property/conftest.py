@@ -1,15 +1,13 @@
 """Every registered method is a case of every property test: a new method is covered by registering it."""
 
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import pytest
 from oracles import MODULES
 
 import couplings
+from couplings.testing.methods import Case
 
-# For speed alone: what holds for every plan holds for one that has not converged.
-DEFAULTS = {"sinkhorn": {"max_iterations": 50}}
 # Options that change what a method does. Sinkhorn's reg is raised where its columns have to be right on any batch.
 VARIANTS = {
     "sinkhorn": [{"draw": "rows", "reg": 2.0}],
@@ -19,29 +17,12 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    info: couplings.MethodInfo
-    options: dict = field(default_factory=dict)
-
-    def __str__(self):
-        return "-".join([self.info.name, *(f"{k}={v}" for k, v in self.options.items())])
-
-    @property
-    def pool(self):
-        """Rows of noise per row of data."""
-        return 3 if self.info.marginal == "selected" else 1
-
-    @property
-    def marginal(self):
-        return "resampled" if self.options.get("draw") == "rows" else self.info.marginal
-
-    def __call__(self, data, noise, **options):
-        return couplings.couple(data, noise, self.info.name, **self.options, **options)
-
-
 def cases():
-    return [Case(info, options) for info in couplings.methods() for options in ({}, *VARIANTS.get(info.name, ()))]
+    variants = ((info, options) for info in couplings.methods() for options in ({}, *VARIANTS.get(info.name, ())))
+    return [
+        Case(info.name, options, "resampled" if options.get("draw") == "rows" else info.marginal)
+        for info, options in variants
+    ]
 
 
 def pytest_generate_tests(metafunc):

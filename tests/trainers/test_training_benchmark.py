@@ -134,6 +134,31 @@ def test_an_unknown_arm_is_refused(tmp_path, capsys):
     assert "unknown v-nothing" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_own_registry")
+def test_an_arm_may_be_any_method_with_its_options(tmp_path, monkeypatch):
+    (tmp_path / "own_pairing.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    session = training.Session(training.SUITES["digits"], "digits", tmp_path, tmp_path / "records.jsonl")
+    own, sinkhorn = (session.recipe(arm, 0) for arm in ("v-own_pairing:roll:by=2", "flow-sinkhorn:reg=0.3"))
+    assert (own.coupling.method, own.coupling.options) == ("own_pairing:roll", {"by": 2})
+    assert (sinkhorn.coupling.method, sinkhorn.coupling.options) == ("sinkhorn", {"reg": 0.3})
+    plugin = training.settings(own)["coupling"]["plugin"]
+    assert plugin["package"] == "own_pairing"
+    assert plugin["source"] in own.output.name
+    assert "plugin" not in training.settings(sinkhorn)["coupling"]
+    for arm, said in (("v-own_pairing:rolls", "no attribute 'rolls'"), ("v-sinkhorn:rge=1", "Did you mean 'reg'")):
+        with pytest.raises((ValueError, TypeError), match=said):
+            training.overrides(arm.partition("-")[2])
+
+
+OWN = """
+import torch
+
+def roll(cost, *, generator=None, by=1):
+    return torch.arange(len(cost)).roll(by)
+"""
+
+
 def _points(arm, curve, seed=0, steps="10"):
     settings = {"train": {"seed": seed}}
     common = {"kind": "point", "arm": arm, "seed": seed, "settings": settings, "environment": ENVIRONMENT}
