@@ -3,12 +3,7 @@
 The source folder is the repository's, so that a link from page to page is the same here and in the repository.
 """
 
-import logging
-
 import couplings
-
-# A pattern of pages that matches none yet is no error; Sphinx gives this warning no name to suppress it by.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: record.subtype != "empty_glob")
 
 project = "couplings"
 version = release = couplings.__version__
