@@ -48,8 +48,8 @@ html_theme_options = {
     "show_prev_next": True,
     "footer_start": ["copyright"],
     "footer_end": [],
-    "pygments_light_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
 }
 html_sidebars = {"**": ["sidebar-nav-bs"]}
 html_static_path = ["_static"]
