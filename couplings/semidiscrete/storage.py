@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["read", "require", "write"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def require() -> None:
