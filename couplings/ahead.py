@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from couplings._graphs import outside_graphs
 from couplings.inputs import Array
 
 if TYPE_CHECKING:
@@ -83,14 +84,17 @@ class Pending(Generic[R]):
         finally:
             del self._work, self._after  # and what they hold, such as the batch
 
+    @outside_graphs
     def done(self) -> bool:
         """Whether `result` would return, or raise, at once."""
         return not self.thread.is_alive()
 
+    @outside_graphs
     def wait(self) -> None:
         """Wait until the thread has ended."""
         self.thread.join()
 
+    @outside_graphs
     def result(self) -> R:
         """Wait for the result.
 

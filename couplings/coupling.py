@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
-from types import FunctionType, MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from couplings import inputs
+from couplings._graphs import outside_graphs
 from couplings._names import unknown
 from couplings._openmp import one_thread
 from couplings._types import Marginal, Scope
@@ -37,33 +37,10 @@ A = TypeVar("A", Tensor, NDArray)
 T = TypeVar("T", Tensor, NDArray)
 
 Condition = Array | tuple[Array, Array]
-F = TypeVar("F", bound=Callable[..., Any])
 
 # Options of every method, beside those of `Pricing`; what is left belongs to the method itself.
 _PRICING_OPTIONS = ("condition_weight", "condition_ratio", "condition_metric", "check_finite")
 _SHARED_OPTIONS = (*_PRICING_OPTIONS, "select", "group")
-
-
-def _outside_graphs(function: F) -> F:
-    """Let `torch.compile` break its graph at a function: `torch.compiler.disable`, without importing the compiler."""
-    disabled: Callable[..., Any] | None = None
-
-    @wraps(function)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if disabled is None:
-            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-        return disabled(*args, **kwargs)
-
-    outside.__dict__["_torchdynamo_disable"] = True
-    # The compiler calls it where its graph has ended, and would trace that call by itself, for every new shape.
-    with suppress(AttributeError):  # what `torch._dynamo.skip` does; without it compiling takes longer
-        frames = torch._C._dynamo.eval_frame
-        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        frames.set_code_exec_strategy(cast(FunctionType, outside).__code__, strategy)
-    return cast(F, outside)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -225,7 +202,7 @@ class Coupling:
         chosen = {name: self.options[name] for name in _PRICING_OPTIONS if name in self.options}
         return Pricing(self.metric, self.quantize, **chosen)
 
-    @_outside_graphs
+    @outside_graphs
     def __call__(
         self,
         data: A,
@@ -270,7 +247,7 @@ class Coupling:
             moved = take(inputs.as_tensor(noise, "noise"), answer.index)
         return self._result(data, moved, answer, distances, problem, lambda t: take_tied(t, answer.index, len(noise)))
 
-    @_outside_graphs
+    @outside_graphs
     def submit(
         self,
         data: A,
@@ -388,7 +365,7 @@ def _rebuilt(options: Mapping[str, Any], chosen: Mapping[str, Any]) -> Coupling:
     return Coupling(**chosen, **options)
 
 
-@_outside_graphs
+@outside_graphs
 def couple(
     data: A,
     noise: A,

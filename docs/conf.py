@@ -3,12 +3,7 @@
 The source folder is the repository's, so that a link from page to page is the same here and in the repository.
 """
 
-import logging
-
 import couplings
-
-# A pattern of pages that matches none yet is no error; Sphinx gives this warning no name to suppress it by.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: record.subtype != "empty_glob")
 
 project = "couplings"
 version = release = couplings.__version__
@@ -53,8 +48,8 @@ html_theme_options = {
     "show_prev_next": True,
     "footer_start": ["copyright"],
     "footer_end": [],
-    "pygments_light_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
 }
 html_sidebars = {"**": ["sidebar-nav-bs"]}
 html_static_path = ["_static"]

@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 import couplings
+from couplings.testing import broken_promise
 
 from . import checkpoint, pictures, termination
 from .averages import Averages
@@ -142,6 +143,8 @@ class Run:
         blocks = range(first, first + accumulation)
         kind = KINDS.get(recipe.coupling.method, Pairs)
         self.pairs = kind(recipe, self.source, self.objective, coupling, self.device, blocks, total_blocks)
+        if self.accelerator.is_main_process and (broken := broken_promise(coupling)):
+            log.warning(broken)
         self.ends = termination.Agreement(processes)
         self.step = 0
         self.losses: list[Tensor] = []  # since they were last looked at: looking at every one would stall a GPU

@@ -30,12 +30,15 @@ def step(couple, weight, data, noise, t):
     return (mixed * weight - (data - noise)).square().mean()
 
 
-@pytest.mark.parametrize(("name", "form"), [("auction", "couple"), *((name, "Coupling") for name in METHODS)])
+@pytest.mark.parametrize(
+    ("name", "form"), [("auction", "couple"), ("auction", "submit"), *((name, "Coupling") for name in METHODS)]
+)
 def test_a_step_that_couples_compiles_and_gives_the_same_loss_and_gradient(name, form):
     coupling = couplings.Coupling(name)
     couple = {
         "couple": lambda data, noise: couplings.couple(data, noise, name).noise,
         "Coupling": lambda data, noise: coupling(data, noise).noise,
+        "submit": lambda data, noise: coupling.submit(data, noise).result().noise,
     }[form]
     found = []
     for compiled in (False, True):

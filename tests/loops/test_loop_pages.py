@@ -123,12 +123,6 @@ def test_diffs_are_short_and_every_one_is_run(page):
         assert all(line[:1] in "+-@ " for line in diff.splitlines())
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if fenced(text, "python")])
-def test_python_of_a_page_runs(page):
-    for block in fenced(PAGES[page], "python"):
-        exec(compile(block, f"{page}.md", "exec"), {})
-
-
 def test_the_index_names_every_page_and_links_lead_somewhere():
     linked = {page: re.findall(r"\]\(([^)#]+)\)", text) for page, text in PAGES.items()}
     assert {Path(target).stem for target in linked["index"]} == set(PAGES) - {"index"}

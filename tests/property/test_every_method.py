@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from couplings.testing import PROPERTIES
@@ -11,7 +11,13 @@ from couplings.testing import PROPERTIES
 @pytest.mark.parametrize("name", PROPERTIES)
 @given(draw=st.data())
 def test_property(case, name, draw):
-    PROPERTIES[name](case, draw)
+    try:
+        PROPERTIES[name](case, draw)
+    except RuntimeError as error:
+        # Sinkhorn refuses to draw rows from a plan that it did not find, rather than to return biased ones.
+        if case.options.get("draw") != "rows" or "did not converge" not in str(error):
+            raise
+        reject()
 
 
 def test_the_default_device_of_the_process_does_not_matter(case):

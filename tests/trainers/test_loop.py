@@ -20,7 +20,9 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from tiny_recipes import TINY, first_block, tiny
 
+import couplings
 from couplings import couple
+from couplings.assigners import registry
 from integrations import build, checkpoint, config, loop, pairs, termination
 from integrations.build import build_objective, build_optimizer, build_schedule
 from integrations.data import ArrayImages, load_source, to_signed
@@ -775,3 +777,12 @@ def test_nearest_gets_its_candidates(make):
     chosen = paired[0].noise.flatten(1)[:, None]
     assert (candidates == chosen).all(-1).any(1).all()
     assert reduction > 0
+
+
+def test_a_method_that_breaks_its_promise_is_trained_with_and_warned_of(make, caplog):
+    couplings.register("cheapest", lambda cost, *, generator=None: cost.argmin(1) * 0, marginal="resampled")
+    try:
+        loop.Run(make("flow-matching-digits", "--coupling.method", "cheapest"))
+    finally:
+        del registry._registry["cheapest"]
+    assert "the method cheapest declares the marginal 'resampled' and breaks it" in caplog.text

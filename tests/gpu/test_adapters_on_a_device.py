@@ -10,11 +10,6 @@ from couplings.adapters.denoising_diffusion import couple_noise
 from couplings.adapters.loss import coupled_loss
 from couplings.adapters.torchcfm import OTPlanSampler
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 def batch(n=32):
     generator = torch.Generator().manual_seed(0)
