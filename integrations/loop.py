@@ -209,8 +209,9 @@ class Run:
                 if draws:
                     self.draw(output / "samples" / f"step-{self.step}.png")
                 if stop:
-                    return last
-        return True
+                    break
+        self.ends.settle()
+        return self.step == train.steps
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":

@@ -68,3 +68,9 @@ class Agreement:
         self._answer = dist.all_reduce(answer, dist.ReduceOp.MAX, group=self._group, async_op=True), answer
         self._last, self._due, self._when = step, step + steps, now
         return any_asked
+
+    def settle(self) -> None:
+        """Wait for the last exchange: a process that ends in the middle of one aborts."""
+        if self._answer is not None:
+            self._answer[0].wait()
+            self._answer = None
