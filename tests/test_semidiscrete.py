@@ -593,6 +593,7 @@ def _fit_on_a_rank(rank, folder):
         except ValueError as error:
             errors.append(str(error))
     torch.save((plan.potentials, plan.chi2, errors), f"{folder}/{rank}.pt")
+    dist.barrier()  # neither leaves while the other still exchanges
     dist.destroy_process_group()
 
 
