@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 import couplings
+from couplings._openmp import one_thread
 from couplings.ablation import environment
+from couplings.stages import recorded
 
 __all__ = ["Speed", "advise", "kernels", "lines", "measure", "report"]
 
@@ -22,6 +24,7 @@ _INLINE = 0.01  # of a step, up to which a coupling is not worth hiding
 _FEW_ROWS = 128  # below which a batch alone is a small pool
 _LARGE_POOL = 2048  # rows beyond which the pool of a window is not made larger
 _ROUNDS = 3
+_SECONDS = 1.0  # after which a call is not timed again
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Speed:
     couple : float
         A call of `couple`.
     product : float
-        The matrix product in it, by itself.
+        The cost matrix in it: one matrix product.
     step : float
         The stand-in for a training step: matrix products on the device that take about as long as was asked.
     inline, ahead : float
@@ -71,6 +74,7 @@ def report(batch: int, shape: tuple[int, ...], device: str, step: float) -> dict
     step : float
         Milliseconds of the training step that the coupling is to be hidden behind.
     """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     described = environment.describe()
     extras: dict[str, list[str]] = {}
     for package, found in described["optional"].items():
@@ -83,6 +87,7 @@ def report(batch: int, shape: tuple[int, ...], device: str, step: float) -> dict
     write, window, why = advise(speed)
     return {
         "environment": described,
+        "load": load,
         "extras": {extra: {"installed": not missing, "missing": missing} for extra, missing in sorted(extras.items())},
         "kernels": compiled,
         "speed": asdict(speed) | {"shape": list(shape)},
@@ -132,7 +137,7 @@ def measure(batch: int, shape: tuple[int, ...], device: str, step: float) -> Spe
     x, z = data[:batch], noise[:batch]
     coupling = couplings.Coupling()
     once = _milliseconds(lambda: coupling(x, z), where)
-    product = _milliseconds(lambda: x.flatten(1) @ z.flatten(1).T, where)
+    product = min(_cost(coupling, x, z) for _ in range(5))
     work = _step(step, where)
 
     def inline() -> None:
@@ -151,8 +156,8 @@ def measure(batch: int, shape: tuple[int, ...], device: str, step: float) -> Spe
     times: dict[Callable[[], None], list[float]] = {work: [], inline: [], ahead: []}
     for _ in range(_ROUNDS):
         for call, found in times.items():
-            found.append(_milliseconds(call, where))
-    alone, within, behind = (statistics.median(found) for found in times.values())
+            found.append(_milliseconds(call, where, rounds=1))
+    alone, within, behind = map(min, times.values())
     pending.result()
     windows = {k: _milliseconds(partial(coupling, data[: k * batch], noise[: k * batch]), where) for k in sizes}
     return Speed(
@@ -212,11 +217,17 @@ def lines(found: dict[str, Any]) -> list[str]:
     for extra, each in found["extras"].items():
         missing = f"without {', '.join(each['missing'])}: pip install 'couplings[{extra}]'"
         said.append(f"  {extra:<9} {'complete' if each['installed'] else missing}")
+    busy = found["load"] is not None and found["load"] > machine["cpus"] / 2
     said += [
         "Kernels",
         f"  {count['loaded']} loaded from the cache, {count['compiled']} compiled now, in {compiled['seconds']:.1f} s",
         f"  kept in {kept}",
         f"Speed, {rows} rows of {shape} on {speed['device']}",
+        *(
+            [f"  other programs run here (load {found['load']:.1f}): times are longer than they could be"]
+            if busy
+            else []
+        ),
         f"  couple()                       {speed['couple']:9.2f} ms, its matrix product {speed['product']:.2f} ms",
         f"  a step of {speed['step']:6.1f} ms, inside it  {speed['inline']:9.2f} ms longer",
         f"  the same, one step ahead       {speed['ahead']:9.2f} ms longer",
@@ -248,7 +259,7 @@ def _images(rows: int, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 def _step(milliseconds: float, device: torch.device) -> Callable[[], None]:
     """Return matrix products that take about so long on a device."""
-    side = 1024 if device.type == "cuda" else 128
+    side = 1024 if device.type == "cuda" else 512
     factor = torch.full((side, side), 1.0 / side, device=device)
 
     def products(count: int) -> None:
@@ -256,23 +267,40 @@ def _step(milliseconds: float, device: torch.device) -> Callable[[], None]:
         for _ in range(count):
             value = value @ factor
 
-    # The least of several: what other programs take of the machine would make the step too short.
-    hundred = min(_milliseconds(lambda: products(100), device, calls=1) for _ in range(5))
-    count = max(1, round(100 * milliseconds / hundred))
+    # First on one thread, which does not wait for cores that others have; more where several threads are faster.
+    with one_thread():
+        one = _milliseconds(lambda: products(1), device, calls=2)
+    count = max(1, round(milliseconds / one))
+    found = _milliseconds(lambda: products(count), device, calls=1)
+    count = max(1, round(count * max(1.0, milliseconds / found)))
     return lambda: products(count)
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device, calls: int = 5) -> float:
-    """Time of a call among several that follow each other, as they do in a loop."""
+def _milliseconds(call: Callable[[], object], device: torch.device, calls: int = 5, rounds: int = 3) -> float:
+    """Time of a call among several that follow each other, as they do in a loop: the least of a few rounds.
+
+    What other programs take of the machine can only make a round longer.
+    """
     call()
-    _wait(device)
-    start = time.perf_counter()
-    done = 0
-    while done < calls and time.perf_counter() - start < 2.0:
-        call()
-        done += 1
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start) / done
+    times: list[float] = []
+    begun = time.perf_counter()
+    while not times or (len(times) < rounds and time.perf_counter() - begun < _SECONDS):
+        _wait(device)
+        start, done = time.perf_counter(), 0
+        while done < calls and time.perf_counter() - start < _SECONDS:
+            call()
+            done += 1
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - start) / done)
+    return min(times)
+
+
+def _cost(coupling: couplings.Coupling, x: Tensor, z: Tensor) -> float:
+    from torch.utils.benchmark import timer  # waits for a GPU
+
+    with recorded(timer) as record:
+        coupling(x, z)
+    return 1e3 * record.seconds["cost"]
 
 
 def _wait(device: torch.device) -> None:

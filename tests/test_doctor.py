@@ -44,7 +44,7 @@ def test_a_window_is_coupled_in_half_the_time_of_its_steps(windows, largest):
 def test_doctor_measures_this_machine(capsys):
     assert main(["doctor", "--batch", "8", "--shape", "1x4x4", "--step", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"environment", "extras", "kernels", "speed", "advice"}
+    assert set(found) == {"environment", "load", "extras", "kernels", "speed", "advice"}
     assert found["extras"]["lapjv"] == {"installed": True, "missing": []}
     counted = {**found["kernels"]["loaded"], **found["kernels"]["compiled"]}
     assert {"assignment.bidding.bid", "assignment.dense.solve_dense", "l1.tiles"} <= set(counted)
