@@ -220,7 +220,7 @@ class Problem:
             if self._features is not None:
                 of_data, of_noise = self._features
                 cost.add_(self._condition_costs(of_data[rows], of_noise[columns]).mul_(self.weight))
-            parts.append(cost[wanted])
+            parts.append(cost.flatten() if bool(wanted.all()) else cost[wanted])  # a mask takes longer than the product
         return torch.cat(parts) if parts else self.data.new_empty(0)
 
     @cached_property
