@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,26 +220,22 @@ class Pairs:
         def read_from(window: range, workers: int) -> Iterator[Batch]:
             return self.batches(range(window.start, windows[-1].stop), workers)
 
-        def begin(window: range) -> Callable[[], Window]:
+        def begin(window: range) -> Pending[Window]:
             def work() -> Window:
                 with self._on_its_stream():
                     return self.window(window, batches, stop.is_set)
 
-            # Where nothing is solved, a thread beside small steps takes longer to get the interpreter than to work.
-            if self.device.type == "cpu" and workers == 0 and self.coupling.method == "independent":
-                return work
-            threads.append(Pending(work, device=self.device, tensors=Window.tensors))
-            return threads[-1].result
+            return Pending(work, device=self.device, tensors=Window.tensors)
 
         if not windows:
             return
-        batches, threads = read_from(windows[0], workers), deque[Pending[Window]](maxlen=1)
-        made = begin(windows[0])
+        batches = read_from(windows[0], workers)
+        pending = begin(windows[0])
         try:
             for number, window in enumerate(windows):
                 asked = time.perf_counter()
                 try:
-                    found = made()
+                    found = pending.result()
                 except LOST:
                     if not terminated:
                         raise
@@ -248,7 +243,7 @@ class Pairs:
                     batches = read_from(window, 0)
                     found = self.window(window, batches)
                 if number + 1 < len(windows):
-                    made = begin(windows[number + 1])
+                    pending = begin(windows[number + 1])
                 coupling = found.ended - found.began
                 waited = max(0.0, found.ended - max(asked, found.began))
                 for i, step in zip(window, found.steps, strict=True):
@@ -258,8 +253,7 @@ class Pairs:
                         yield step
         finally:
             stop.set()
-            for last_one in threads:
-                last_one.wait()
+            pending.wait()
             batches.close()
 
     @contextmanager
