@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from couplings._transfer import to_device
 from couplings.inputs import Array
 
 __all__ = ["Copies", "Rows", "hash_rows", "rows_of"]
@@ -171,10 +172,7 @@ class Rows:
             # A copy of the chunk: torch would warn of a read-only view.
             part = self.data[where.cpu().numpy() if isinstance(where, Tensor) else where]
             rows = torch.from_numpy(np.array(part, self.data.dtype.newbyteorder("=")))
-        rows = rows.reshape(len(rows), self.dim)
-        if self.device.type == "cuda" and rows.device.type == "cpu":
-            rows = rows.pin_memory()
-        return rows.to(self.device, non_blocking=True)
+        return to_device(rows.reshape(len(rows), self.dim), self.device)
 
     def _centred(self, rows: Tensor) -> Tensor:
         return (rows if self._shift is None else rows - self._shift).to(self.dtype)
