@@ -106,7 +106,7 @@ class Pools(Study):
     )
     seeds = (0, 1)
     steps = (1, 2, 3, 5, 10, 20, 50)
-    training = ("--train.steps", "2000", "--train.checkpoint_every", "500", "--evaluate.samples", "5000")
+    training = ("--train.steps", "1500", "--train.checkpoint_every", "1500", "--evaluate.samples", "2000")
 
     def losses(self, stack: Stack, data: Tensor, noise: Tensor, draws: Draws) -> Tensor:
         """Return squared errors."""
