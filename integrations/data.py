@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
 import itertools
 import os
@@ -20,6 +19,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from couplings.ablation.files import read_idx
 
 from .config import Data, RecipeError
 from .randomness import epoch_order
@@ -434,29 +435,16 @@ def _photo_crops(side: int, stride: int = 8) -> ArrayImages:
 
 
 def _idx(folder: Path) -> ArrayImages:
-    images, labels = _read_idx(folder / "train-images-idx3-ubyte"), _read_idx(folder / "train-labels-idx1-ubyte")
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
+    try:
+        images, labels = read_idx(folder / "train-images-idx3-ubyte"), read_idx(folder / "train-labels-idx1-ubyte")
+    except (OSError, ValueError) as error:
+        msg = f"data.source: {error}"
+        raise DataError(msg) from error
+    if labels.shape != images.shape[:1]:
         found = f"images {images.shape} and labels {labels.shape}"
-        msg = f"data.source: idx:{folder}: got {found}, expected (n, h, w) and (n,)"
+        msg = f"data.source: idx:{folder}: got {found}, expected as many"
         raise DataError(msg)
     return ArrayImages(images[:, None], labels, [str(label) for label in range(labels.max() + 1)])
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    zipped = path.with_name(f"{path.name}.gz")
-    try:
-        content = gzip.decompress(zipped.read_bytes()) if zipped.is_file() else path.read_bytes()
-    except (OSError, EOFError) as error:
-        msg = f"data.source: cannot read {zipped if zipped.is_file() else path}: {error}"
-        raise DataError(msg) from error
-    # Magic number: two zero bytes, 8 for uint8, the number of axes; then their lengths, big-endian.
-    axes = content[3] if content[:3] == b"\0\0\x08" else 0
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes))
-    start = 4 + 4 * axes
-    if not axes or len(content) - start != int(np.prod(shape)):
-        msg = f"data.source: {path}: not a complete idx file of bytes"
-        raise DataError(msg)
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
 def _hub(config: Data, kind: str, place: str) -> Source:

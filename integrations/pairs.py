@@ -10,8 +10,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -121,8 +121,6 @@ class Pairs:
         self.blocks, self.total_blocks = blocks, total_blocks
         self.coupling, self.candidates = coupling, candidates(coupling)
         self.unreadable: set[str] = set()
-        # One stream for the whole run: the allocator keeps memory for every stream that it has seen.
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin(self, folder: Path, found: Checkpoint | None, accelerator: Accelerator) -> None:
         """Get ready in the folder of a run that begins, or goes on from a checkpoint; collective."""
@@ -221,10 +219,7 @@ class Pairs:
             return self.batches(range(window.start, windows[-1].stop), workers)
 
         def begin(window: range) -> Pending[Window]:
-            def work() -> Window:
-                with self._on_its_stream():
-                    return self.window(window, batches, stop.is_set)
-
+            work = partial(self.window, window, batches, stop.is_set)
             return Pending(work, device=self.device, tensors=Window.tensors)
 
         if not windows:
@@ -255,17 +250,6 @@ class Pairs:
             stop.set()
             pending.wait()
             batches.close()
-
-    @contextmanager
-    def _on_its_stream(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-            return
-        outer = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(outer)
-        with torch.cuda.stream(self.stream):
-            yield
-        outer.wait_stream(self.stream)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

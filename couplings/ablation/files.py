@@ -22,7 +22,7 @@ from couplings._files import check_target, written_atomically
 from couplings._names import unknown
 from couplings.inputs import Array
 
-__all__ = ["SUFFIXES", "check_output", "read_array", "read_classes", "read_dataset", "split_key", "write_arrays"]
+__all__ = ["SUFFIXES", "check_output", "read_array", "read_classes", "read_dataset", "read_idx", "split_key", "write_arrays"]
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 
@@ -80,7 +80,7 @@ def read_dataset(spec: str) -> Array:
         ``train-images-idx3-ubyte``, gzipped or not, of which ``(n, 1, h, w)`` is made.
     """
     if Path(spec).is_dir():
-        data: Array = torch.from_numpy(_read_idx(Path(spec) / "train-images-idx3-ubyte"))[:, None]
+        data: Array = torch.from_numpy(read_idx(Path(spec) / "train-images-idx3-ubyte"))[:, None]
     elif spec.lower().endswith(".npy") and Path(spec).is_file():
         with _clear_errors(Path(spec)):
             data = np.lib.format.open_memmap(spec, mode="r")
@@ -95,12 +95,20 @@ def read_dataset(spec: str) -> Array:
 def read_classes(spec: str) -> Tensor:
     """Read classes: a file of integers, or a folder with ``train-labels-idx1-ubyte``, gzipped or not."""
     if Path(spec).is_dir():
-        return torch.from_numpy(_read_idx(Path(spec) / "train-labels-idx1-ubyte"))
+        return torch.from_numpy(read_idx(Path(spec) / "train-labels-idx1-ubyte"))
     return read_array(spec)
 
 
-def _read_idx(path: Path) -> Any:
-    """Read an idx file of bytes: two zeros, the type, the number of axes, their lengths, the bytes."""
+def read_idx(path: Path) -> Any:
+    """Read an idx file of bytes, gzipped or not: two zeros, the type, the number of axes, their lengths, the bytes.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or it may not be read.
+    ValueError
+        If it is not whole.
+    """
     found = [file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()]
     if not found:
         msg = f"{path}: no such file, nor with .gz."
