@@ -28,6 +28,24 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last good checkpoint is intact."""
 
 
+def launched() -> int:
+    """Return how many processes a launcher started; 1 without a launcher.
+
+    Raises
+    ------
+    TrainingError
+        If they could not meet.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and "MASTER_ADDR" not in os.environ:
+        msg = (
+            f"WORLD_SIZE is {processes}, but MASTER_ADDR, where the processes meet, is not set: start them with "
+            "accelerate launch or torchrun (integrations/launch/README.md), or unset WORLD_SIZE to work in one"
+        )
+        raise TrainingError(msg)
+    return processes
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that a launcher started, or be the only one.
 
@@ -38,13 +56,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     TrainingError
         If the processes do not know of each other.
     """
-    train, processes = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and "MASTER_ADDR" not in os.environ:
-        msg = (
-            f"WORLD_SIZE is {processes}, but MASTER_ADDR, where the processes meet, is not set: start them with "
-            "accelerate launch or torchrun (integrations/launch/README.md), or unset WORLD_SIZE to train in one"
-        )
-        raise TrainingError(msg)
+    train, processes = recipe.train, launched()
     if train.tracker and train.tracker not in map(str, get_available_trackers()):  # accelerate only warns
         msg = f"train.tracker: got {train.tracker!r}, which is not installed: pip install {train.tracker}, or null"
         raise RecipeError(msg)

@@ -551,6 +551,8 @@ class Evaluate:
     (torch-fidelity)."""
     seed: int = 0
     """Seed of the sampling noise."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Arithmetic of the network when sampling; null is ``train.mixed_precision``, but float32 for fp16 on a CPU."""
     ema_decay: float | None = None
     """Which of the averaged weights to sample from; null is ``train.ema_decay``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import os
@@ -108,6 +109,10 @@ class Source(ABC):
     shape: tuple[int, int, int]
     classes: list[str]
 
+    def fingerprint(self) -> str | None:
+        """Return what differs for other images; None if that is not known."""
+        return None
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -117,9 +122,11 @@ class Source(ABC):
     ) -> Iterator[Batch]:
         """Yield the rows of each piece of an epoch, shuffled unless ``seed`` is None, loaded by ``workers`` workers."""
 
-    def scan(self, size: int, workers: int = 0) -> Iterator[Batch]:
-        """Yield all rows in order, ``size`` at a time."""
-        return self.blocks([Piece(0, i, min(i + size, len(self))) for i in range(0, len(self), size)], None, workers)
+    def scan(self, size: int, workers: int = 0, rows: range | None = None) -> Iterator[Batch]:
+        """Yield all rows, or some neighbouring ones, in order, ``size`` at a time."""
+        rows = rows or range(len(self))
+        starts = range(rows.start, rows.stop, size)
+        return self.blocks([Piece(0, i, min(i + size, rows.stop)) for i in starts], None, workers)
 
 
 class Images(Source, Dataset[Batch]):
@@ -174,6 +181,10 @@ class ArrayImages(Images):
         self.classes = classes
         channels, height, width = self.images.shape[1:]
         self.shape = (channels, height, width)
+
+    def fingerprint(self) -> str:
+        """Return what differs for other images."""
+        return _digest(self.shape, self.images.numpy().tobytes())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -277,6 +288,12 @@ class FileImages(Images):
         self.decoder = Decoder(table, config)
         self.shape, self.classes = self.decoder.shape, self.decoder.classes
 
+    def fingerprint(self) -> str:
+        """Return what differs for other images: the table's own fingerprint, and how they are cut and scaled."""
+        config = self.decoder.config
+        how = (config.resolution, config.crop, config.mode, config.on_unreadable)
+        return _digest(self.decoder.table._fingerprint, how)
+
     def __len__(self) -> int:
         return len(self.decoder.table)
 
@@ -373,6 +390,11 @@ class Subset(Images):
     def __init__(self, source: Images, rows: Tensor) -> None:
         self.source, self.rows = source, rows
         self.shape, self.classes = source.shape, source.classes
+
+    def fingerprint(self) -> str | None:
+        """Return what differs for other images; None if that is not known of the source."""
+        whole = self.source.fingerprint()
+        return whole and _digest(whole, self.rows.numpy().tobytes())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -474,6 +496,13 @@ def _open(config: Data, kind: str, place: str) -> Any:
         table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
         return table.to_iterable_dataset() if config.streaming else table
     return datasets.load_dataset(place, split=config.split, streaming=config.streaming)
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measure a trained checkpoint: ``python -m integrations.evaluate CHECKPOINT``."""
+"""Measure a trained checkpoint: ``python -m integrations.evaluate CHECKPOINT``, also under a launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser(
         "evaluate",
         "Frechet (fid) and kernel (kid) distance of a checkpoint's samples to its training data, for each number of\n"
-        "sampling steps. Distances in different features are not comparable.",
+        "sampling steps. Distances in different features are not comparable. Under accelerate launch or torchrun,\n"
+        "the processes share the samples. Statistics of the data are kept in $XDG_CACHE_HOME/couplings.",
     )
     options.add_argument(
         "--features",
@@ -35,27 +36,37 @@ def main(argv: list[str] | None = None) -> None:
     from rich.table import Table
 
     from . import measure
+    from .build import TrainingError
     from .checkpoint import CheckpointError
     from .data import DataError
 
     try:
-        trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further))
-        section = trained.recipe.evaluate
-        if section.samples < 2:
-            msg = f"evaluate.samples: got {section.samples}, expected at least 2: a distribution has a variance"
+        processes = measure.join()
+        trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further), processes.device)
+        section, source = trained.recipe.evaluate, trained.source
+        least = max(2, processes.num_processes)
+        if section.samples < least:
+            msg = f"evaluate.samples: got {section.samples}, expected at least {least}: a distribution has a variance"
             raise RecipeError(msg)
-        network = measure.feature_network(section.features, trained.source, trained.recipe.output)
-    except (RecipeError, DataError, CheckpointError, ValueError, ImportError) as error:
+        with processes.main_process_first():  # the others find what it trains
+            network = measure.feature_network(section.features, source, trained.recipe.output)
+    except (RecipeError, DataError, CheckpointError, TrainingError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    workers = trained.recipe.data.workers
-    scores = measure.Scores(network, trained.source, trained.device, kid=True, workers=workers)
+    options = {"kid": True, "workers": trained.recipe.data.workers, "cache": measure.cache_folder()}
+    scores = measure.Scores(network, source, trained.device, **options)
+    first = processes.is_main_process
     output = arguments.output or trained.recipe.output / "evaluation.jsonl"
-    table = Table(title=f"{trained.recipe.name}, training step {trained.step}, {section.samples} samples")
+    table = Table(
+        title=f"{trained.recipe.name}, training step {trained.step}: {section.samples} samples against {len(source)} "
+        f"images,\nin features of {section.features}"
+    )
     for column in ("sampling steps", "fid", "kid"):
         table.add_column(column, justify="right")
-    for steps in track(section.steps, "evaluating", console=Console(stderr=True)):
-        found = scores(measure.draw(trained, section.samples, steps))
+    for steps in track(section.steps, "evaluating", console=Console(stderr=True), disable=not first):
+        found = scores(measure.draw(trained, section.samples, steps), measure.share(section.samples).start)
+        if not first:
+            continue
         record = {
             "step": trained.step,
             "sampling_steps": steps,
@@ -63,13 +74,19 @@ def main(argv: list[str] | None = None) -> None:
             "features": section.features,
             "seed": section.seed,
             "coupling": trained.recipe.coupling.method,
+            "ema_decay": trained.recipe.train.ema_decay if section.ema_decay is None else section.ema_decay,
+            "mixed_precision": section.mixed_precision or trained.recipe.train.mixed_precision,
             **found,
         }
         with output.open("a") as file:
             file.write(json.dumps(record) + "\n")
         table.add_row(str(steps), f"{found['fid']:.2f}", f"{found['kid']:.4f} ± {found['kid_std']:.4f}")
-    Console().print(table)
+    if first:
+        Console().print(table)
 
 
 if __name__ == "__main__":
     main()
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()

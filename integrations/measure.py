@@ -1,7 +1,9 @@
-"""Sample trained checkpoints and measure the samples."""
+"""Sample trained checkpoints and measure the samples, in one process or in several that a launcher started."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -9,20 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import convert_outputs_to_fp32
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from . import checkpoint, config
 from .averages import group
-from .build import build_objective
+from .build import TrainingError, build_objective, launched
 from .config import Recipe, RecipeError
 from .data import Source, load_source, to_signed, to_uint8
 from .features import Classifier, Inception, train_classifier
 from .models import build_model
 from .objective import Objective
 from .randomness import address
+
+log = logging.getLogger(__name__)
 
 KID_IMAGES = 10_000
 """Features are kept for the kernel distance, unlike for the Frechet distance: of so many images at most."""
@@ -57,40 +65,82 @@ def find(path: Path) -> checkpoint.Checkpoint:
     return found
 
 
-def load_trained(path: Path, overrides: list[str] | None = None) -> Trained:
+def join() -> PartialState:
+    """Join the processes that a launcher started, or be the only one.
+
+    Raises
+    ------
+    TrainingError
+        If the processes do not know of each other.
+    """
+    processes = launched()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != processes:
+        msg = (
+            f"the launcher started {processes} processes, but accelerate sees {state.num_processes}: each would "
+            "write the same results. Use a configuration of integrations/launch."
+        )
+        raise TrainingError(msg)
+    return state
+
+
+def share(count: int) -> range:
+    """Return which of ``count`` rows this process works on: neighbouring ones, ranks in order."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * count // processes, (rank + 1) * count // processes)
+
+
+def load_trained(path: Path, overrides: list[str] | None = None, device: torch.device | None = None) -> Trained:
     """Load a checkpoint for sampling, with its recipe's fields overridden as on the command line.
+
+    Without a ``device``, that of the only process.
 
     Raises
     ------
     RecipeError
-        For an override that cannot be, and under a launcher: its processes would all write the same results.
+        For an override that cannot be, and without a device under a launcher: its processes would all write the same.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        msg = f"got WORLD_SIZE {processes}, expected one process: sample and evaluate without a launcher"
+    if processes > 1 and device is None:
+        msg = f"got WORLD_SIZE {processes}, expected one process: sample without a launcher"
         raise RecipeError(msg)
     found = find(path)
     recipe = config.load([str(found.folder / "recipe.yaml"), *(overrides or [])])
     recipe.output = found.folder.parent.parent  # wherever the run has been moved since
     recipe.name = recipe.output.name
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = _precision(recipe, device)
     source = load_source(recipe.data)
     objective = build_objective(recipe, source)
     model = build_model(recipe.model, objective)
     average = group(recipe.train, recipe.evaluate.ema_decay)
     model.load_state_dict({**found.tensors("model"), **found.tensors(average)})
     objective.to(device)
-    return Trained(recipe, found.step, source, objective, model.eval().requires_grad_(False).to(device), device)
+    model.eval().requires_grad_(False).to(device)
+    if precision is not None:  # of the network alone, as accelerate trains it: a sampler's own arithmetic is float32
+        model.forward = convert_outputs_to_fp32(torch.autocast(device.type, precision)(model.forward))
+    return Trained(recipe, found.step, source, objective, model, device)
+
+
+def _precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    asked = recipe.evaluate.mixed_precision
+    if device.type == "cpu" and asked == "fp16":
+        msg = "evaluate.mixed_precision: got 'fp16', expected 'bf16' or 'no' on a CPU"
+        raise RecipeError(msg)
+    name = asked or recipe.train.mixed_precision
+    if device.type == "cpu" and name == "fp16":
+        return None
+    return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
 def draw(trained: Trained, count: int, steps: int) -> Iterator[Tensor]:
-    """Yield ``count`` samples in batches of ``evaluate.batch_size``: images in [-1, 1].
+    """Yield this process's `share` of ``count`` samples in batches of ``evaluate.batch_size``: images in [-1, 1].
 
-    Every sample has a random stream of its own, so the i-th sample of a seed is the same in any batch.
+    Every sample has a random stream of its own, so the i-th sample of a seed is the same in any batch and process.
     """
-    section = trained.recipe.evaluate
-    for first in range(0, count, section.batch_size):
-        numbers = range(first, min(first + section.batch_size, count))
+    section, rows = trained.recipe.evaluate, share(count)
+    for first in range(rows.start, rows.stop, section.batch_size):
+        numbers = range(first, min(first + section.batch_size, rows.stop))
         generators = [torch.Generator().manual_seed(address(section.seed, 0, i, 1, "sample")) for i in numbers]
         noise = torch.stack([torch.randn(trained.objective.shape, generator=generator) for generator in generators])
         with torch.no_grad():
@@ -140,6 +190,8 @@ class _Features(nn.Identity):
 class Scores:
     """Distances of samples to a data source, in the features of a network.
 
+    Several processes share the work: each makes one of these, and calls it with its own samples.
+
     Parameters
     ----------
     network : Module
@@ -152,35 +204,91 @@ class Scores:
         Measure the kernel distance too, on at most 10,000 images of either side.
     workers : int
         Processes that load the reference.
+    cache : Path, optional
+        Folder that keeps statistics of the reference: they are computed once for the same images and network.
     """
 
     def __init__(
-        self, network: nn.Module, source: Source, device: torch.device, *, kid: bool = False, workers: int = 0
+        self,
+        network: nn.Module,
+        source: Source,
+        device: torch.device,
+        *,
+        kid: bool = False,
+        workers: int = 0,
+        cache: Path | None = None,
     ) -> None:
         self.network, self.device = network.to(device).eval(), device
         stand_in = _Features(network.num_features)
         self.fid = FrechetInceptionDistance(feature=stand_in, reset_real_features=False).to(device)
-        self.kid = None
+        self.kid, stride = None, 1
         if kid:
-            size = min(500, len(source))
+            stride = -(-len(source) // KID_IMAGES)  # spread over the whole source, which may be sorted by class
+            size = min(500, -(-len(source) // stride))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
                 self.kid = KernelInceptionDistance(feature=stand_in, subset_size=size, reset_real_features=False)
             self.kid.to(device)
-        # Spread over the whole source, which may be sorted by class.
-        stride = -(-len(source) // KID_IMAGES)
-        for batch in source.scan(500, workers):
-            self._update(batch.images, real=True, kept=slice(None, None, stride))
+        path = None if cache is None else _reference_path(cache, network, source, kid)
+        if path is None or not self._read(path):
+            rows = share(len(source))
+            first = rows.start
+            for batch in source.scan(500, workers, rows):
+                self._update(batch.images, real=True, kept=slice(-first % stride, None, stride))
+                first += len(batch.images)
+            if path is not None:
+                self._write(path)
 
     def _update(self, pixels: Tensor, real: bool, kept: slice) -> None:
         with torch.no_grad():
             features = self.network(to_signed(pixels.to(self.device)))
         self.fid.update(features, real=real)
-        if self.kid is not None and len(features[kept]):
+        if self.kid is not None:
             self.kid.update(features[kept], real=real)
 
-    def __call__(self, batches: Iterable[Tensor]) -> dict[str, float]:
+    def _read(self, path: Path) -> bool:
+        """Take the reference from a file, if the first process has it: it then holds all of it, the others nothing."""
+        found = None
+        if _is_first() and path.is_file():
+            try:
+                found = load_file(path, str(self.device))
+            except SafetensorError as error:
+                log.warning("%s: damaged statistics of the data (%s); they are computed again", path, error)
+        if not _of_first(found is not None):
+            return False
+        if found is not None:
+            for name in _REFERENCE:
+                setattr(self.fid, name, found[name])
+        if self.kid is not None:
+            kept = torch.empty(0, self.network.num_features, device=self.device) if found is None else found["kept"]
+            self.kid.real_features = [kept.double()]
+        return True
+
+    def _write(self, path: Path) -> None:
+        """Keep the reference in a file; collective."""
+        _join_lists(self.kid)
+        metrics = [metric for metric in (self.fid, self.kid) if metric is not None]
+        for metric in metrics:
+            metric.sync()
+        if _is_first():
+            tensors = {name: getattr(self.fid, name) for name in _REFERENCE}
+            if self.kid is not None:
+                tensors["kept"] = torch.cat(self.kid.real_features).float()  # as the networks compute them
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(f".{os.getpid()}")
+                save_file(tensors, partial)
+                partial.replace(path)
+            except (OSError, SafetensorError) as error:
+                log.warning("cannot keep statistics of the data in %s: %s", path, error)
+        for metric in metrics:
+            if metric._is_synced:
+                metric.unsync()
+
+    def __call__(self, batches: Iterable[Tensor], first: int = 0) -> dict[str, float]:
         """Return ``fid`` and, if asked for, ``kid`` and ``kid_std`` of all images in ``batches``.
+
+        ``first`` is the number of the first one among the images of all processes.
 
         Raises
         ------
@@ -193,15 +301,65 @@ class Scores:
                 msg = "a sample is not finite"
                 raise FloatingPointError(msg)
             # Rounded to 8 bits, as the reference images are.
-            self._update(to_uint8(images), real=False, kept=slice(max(0, KID_IMAGES - count)))
+            self._update(to_uint8(images), real=False, kept=slice(max(0, KID_IMAGES - first - count)))
             count += len(images)
         scores = {"fid": self.fid.compute().item()}
         self.fid.reset()
         if self.kid is not None:
-            self.kid.subset_size = min(self.kid.subset_size, count)
+            _join_lists(self.kid)
+            self.kid.subset_size = min(self.kid.subset_size, _total(count))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # its subsets come from the global generator
                 mean, deviation = self.kid.compute()
             scores |= {"kid": mean.item(), "kid_std": deviation.item()}
             self.kid.reset()
         return scores
+
+
+_REFERENCE = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what can be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "couplings"
+
+
+def _reference_path(cache: Path, network: nn.Module, source: Source, kid: bool) -> Path | None:
+    """Return the file of a source's statistics; None if nobody knows when its images change."""
+    images = source.fingerprint()
+    if images is None:
+        return None
+    digest = hashlib.sha256(repr((images, source.shape, len(source), kid, KID_IMAGES)).encode())
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return cache / f"reference-{digest.hexdigest()[:32]}.safetensors"
+
+
+def _join_lists(kid: KernelInceptionDistance | None) -> None:
+    # Processes exchange lists entry by entry, and must have as many.
+    if kid is not None:
+        kid.real_features, kid.fake_features = (
+            [torch.cat(own)] if own else [] for own in (kid.real_features, kid.fake_features)
+        )
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _of_first(value: bool) -> bool:
+    """Return the first process's value."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _total(count: int) -> int:
+    """Return the sum over all processes."""
+    counts = [count]
+    if dist.is_initialized():
+        counts = [0] * dist.get_world_size()
+        dist.all_gather_object(counts, count)
+    return sum(counts)

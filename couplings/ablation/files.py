@@ -22,7 +22,16 @@ from couplings._files import check_target, written_atomically
 from couplings._names import unknown
 from couplings.inputs import Array
 
-__all__ = ["SUFFIXES", "check_output", "read_array", "read_classes", "read_dataset", "read_idx", "split_key", "write_arrays"]
+__all__ = [
+    "SUFFIXES",
+    "check_output",
+    "read_array",
+    "read_classes",
+    "read_dataset",
+    "read_idx",
+    "split_key",
+    "write_arrays",
+]
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 

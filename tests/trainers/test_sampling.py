@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline,
 from PIL import Image
 
 from integrations import evaluate, features, loop, measure, sample
-from integrations.config import ConvNext, Ncsnpp
+from integrations.config import ConvNext, Ncsnpp, RecipeError
 from integrations.data import load_source, to_signed
 from integrations.models import build_model
 
@@ -66,12 +67,14 @@ def test_sample_writes_grids_and_images(run, tmp_path):
 
 def test_evaluate_writes_a_line_for_each_number_of_steps(run, tmp_path, capsys):
     evaluate.main([str(run), "--steps", "1", "2", "--samples", "80", "--output", str(tmp_path / "scores.jsonl")])
-    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [line["sampling_steps"] for line in lines] == [1, 2]
-    assert all(line["fid"] > 0 and line["kid"] > 0 and line["samples"] == 80 for line in lines)
+    found = lines(tmp_path / "scores.jsonl")
+    assert [line["sampling_steps"] for line in found] == [1, 2]
+    assert all(line["fid"] > 0 and line["kid"] > 0 and line["samples"] == 80 for line in found)
     # Distances in other features, or of other samples, do not compare: a line says whose they are.
-    assert all((line["features"], line["seed"], line["coupling"]) == ("classifier", 0, "auction") for line in lines)
-    assert "kid" in capsys.readouterr().out
+    assert all((line["features"], line["seed"], line["coupling"]) == ("classifier", 0, "auction") for line in found)
+    said = capsys.readouterr().out
+    assert "kid" in said
+    assert "in features of classifier" in said
 
 
 @pytest.mark.parametrize(
@@ -109,13 +112,98 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [sample, evaluate])
-def test_several_processes_that_would_write_the_same_results_are_refused(run, capsys, monkeypatch, program):
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [(sample, "got WORLD_SIZE 2, expected one process"), (evaluate, "WORLD_SIZE is 2, but MASTER_ADDR")],
+)
+def test_several_processes_that_would_write_the_same_results_are_refused(run, capsys, monkeypatch, program, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(SystemExit) as end:
         program.main([str(run)])
     assert end.value.code == 2
-    assert "got WORLD_SIZE 2, expected one process" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def evaluate_in_child(argvs, rank, port, cache):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "XDG_CACHE_HOME": str(cache)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    measure.KID_IMAGES = 150
+    for argv in argvs:
+        evaluate.main(argv)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_samples_and_measure_what_one_does(make, tmp_path, processes, monkeypatch):
+    output = loop.train(make("flow-matching-digits"), progress=False)
+    network, accuracy = features.train_classifier(load_source(make("ddim-digits").data), steps=3)
+    network.save(output / "classifier.safetensors", accuracy)
+    monkeypatch.setattr(measure, "KID_IMAGES", 150)  # not all, of either side
+    argv = [str(output), "--steps", "1", "--samples", "201", "--output"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    evaluate.main([*argv, str(tmp_path / "one.jsonl")])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    again = [[*argv, str(tmp_path / name)] for name in ("scanned", "kept")]
+    children = [processes.Process(target=evaluate_in_child, args=(again, i, port, tmp_path / "two")) for i in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    (one,), *others = (lines(tmp_path / name) for name in ("one.jsonl", "scanned", "kept"))
+    for (other,) in others:
+        assert other == {**one, **{name: pytest.approx(one[name], rel=1e-5) for name in ("fid", "kid", "kid_std")}}
+    (a,), (b,) = ((tmp_path / name / "couplings").iterdir() for name in ("one", "two"))
+    assert a.name == b.name
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_data_is_not_read_again_where_its_statistics_are_kept(make, tmp_path, monkeypatch, caplog):
+    source = load_source(make("ddim-digits").data)
+    network, _ = features.train_classifier(source, steps=3)
+    samples = torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    scans = []
+
+    def scores(source, network=network):
+        scan = type(source).scan
+        with monkeypatch.context() as patch:
+            patch.setattr(type(source), "scan", lambda self, *given: scans.append(len(self)) or scan(self, *given))
+            return measure.Scores(network, source, torch.device("cpu"), kid=True, cache=tmp_path)([samples])
+
+    first = scores(source)
+    assert scores(load_source(make("ddim-digits").data)) == first
+    assert scans == [1797]
+    (kept,) = tmp_path.iterdir()
+    part = load_source(make("ddim-digits", "--data.subset_fraction", "0.1").data)
+    assert scores(part)["fid"] != first["fid"]
+    other, _ = features.train_classifier(source, steps=4)
+    assert scores(source, other)["fid"] != first["fid"]
+    assert scans == [1797, 180, 1797]
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert scores(source) == first
+    assert scans == [1797, 180, 1797, 1797]
+    assert "damaged statistics of the data" in caplog.text
+
+
+def test_samples_are_drawn_in_the_precision_of_the_run_or_that_asked_for(make):
+    recipe = make("ddim-digits", "--train.steps", "2", "--train.mixed_precision", "bf16")
+    output = loop.train(recipe, progress=False)
+    found = {}
+    for asked in ("null", "no", "bf16"):
+        trained = measure.load_trained(output, ["--evaluate.mixed_precision", asked])
+        (found[asked],) = measure.draw(trained, 8, 2)
+    assert torch.equal(found["null"], found["bf16"])
+    assert not torch.equal(found["null"], found["no"])
+    torch.testing.assert_close(found["bf16"], found["no"], rtol=0, atol=0.05)
+    assert found["bf16"].dtype == torch.float32
+    with pytest.raises(RecipeError, match=r"evaluate.mixed_precision: got 'fp16', expected 'bf16' or 'no' on a CPU"):
+        measure.load_trained(output, ["--evaluate.mixed_precision", "fp16"])
 
 
 def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
