@@ -342,6 +342,10 @@ class Data:
     images of ``digits``, ``photo-crops``, ``idx`` and square data sets as they are."""
     crop: int | None = None
     """Side of the centred square to keep before resizing, in pixels; null keeps the largest."""
+    interpolation: Literal["lanczos", "bilinear"] = "lanczos"
+    """Filter of that resizing."""
+    class_names: str | None = None
+    """File with a name for each class, one a line, in the order of the labels; null takes the data set's own."""
     mode: Literal["RGB", "L"] = "RGB"
     """Colour or grey images, for ``folder`` and hub data sets."""
     subset_fraction: float = 1.0
@@ -719,21 +723,21 @@ def _parser(kinds: dict[str, type], prog: str) -> ArgumentParser:
 def _overlay_first(argv: list[str], kinds: dict[str, type]) -> list[str]:
     """Replace ``--overlay NAME`` by its file's content, in front.
 
-    Fields of ``objective`` and ``model`` may also stand under the name of the kind they are for, so that one file
-    fits every recipe.
+    Fields of ``objective`` and ``model`` may also stand under the name of the kind they are for, and those of
+    ``coupling`` under the name of an objective, so that one file fits every recipe.
     """
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    option.add_argument("--overlay")
+    option.add_argument("--overlay", action="append", default=[])
     named, rest = option.parse_known_args(argv)
-    if named.overlay is None:
-        return rest
-    overlay = _read(_find(named.overlay, RECIPES / "overlays", "overlay"))
-    for section, known in (("objective", OBJECTIVES), ("model", MODELS)):
-        values = overlay.get(section)
-        if isinstance(values, dict):
-            common = {name: value for name, value in values.items() if name not in known}
-            overlay[section] = common | values.get(kinds[section].name, {})
-    return ["--recipe", yaml.safe_dump(overlay), *rest]
+    for name in reversed(named.overlay):
+        overlay = _read(_find(name, RECIPES / "overlays", "overlay"))
+        for section, kind in (("objective", "objective"), ("model", "model"), ("coupling", "objective")):
+            known, values = {"objective": OBJECTIVES, "model": MODELS}[kind], overlay.get(section)
+            if isinstance(values, dict):
+                common = {name: value for name, value in values.items() if name not in known}
+                overlay[section] = common | values.get(kinds[kind].name, {})
+        rest = ["--recipe", yaml.safe_dump(overlay), *rest]
+    return rest
 
 
 def _suggestion(message: str, parser: ArgumentParser) -> str:

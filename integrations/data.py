@@ -291,7 +291,7 @@ class FileImages(Images):
     def fingerprint(self) -> str:
         """Return what differs for other images: the table's own fingerprint, and how they are cut and scaled."""
         config = self.decoder.config
-        how = (config.resolution, config.crop, config.mode, config.on_unreadable)
+        how = (config.resolution, config.crop, config.interpolation, config.mode, config.on_unreadable)
         return _digest(self.decoder.table._fingerprint, how)
 
     def __len__(self) -> int:
@@ -379,7 +379,8 @@ def square(image: Image.Image, config: Data) -> Tensor:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         target = config.resolution or side
         # Cut first: a filter given a box would still look beyond its edges.
-        image = image.crop((left, top, left + side, top + side)).resize((target, target), Image.Resampling.LANCZOS)
+        method = Image.Resampling[config.interpolation.upper()]
+        image = image.crop((left, top, left + side, top + side)).resize((target, target), method)
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
@@ -426,11 +427,26 @@ def load_source(config: Data) -> Source:
         height, width = source.shape[1:]
         msg = f"data.resolution: got {config.resolution}, but the images of {config.source} are {height} x {width}"
         raise RecipeError(msg)
+    if config.class_names is not None:
+        source.classes = _class_names(config, len(source.classes))
     if isinstance(source, Images) and config.subset_fraction < 1:
         generator = torch.Generator().manual_seed(config.subset_seed)
         count = max(1, round(config.subset_fraction * len(source)))
         source = Subset(source, torch.randperm(len(source), generator=generator)[:count].sort().values)
     return source
+
+
+def _class_names(config: Data, classes: int) -> list[str]:
+    try:
+        names = Path(config.class_names).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"data.class_names: cannot read {config.class_names}: {error}"
+        raise DataError(msg) from error
+    if len(names) != classes:
+        found = f"{config.class_names} with {len(names)} lines"
+        msg = f"data.class_names: got {found}, expected one for each of the {classes} classes of {config.source}"
+        raise RecipeError(msg)
+    return names
 
 
 def _digits() -> ArrayImages:

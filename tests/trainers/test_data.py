@@ -9,8 +9,9 @@ from tiny_recipes import first_block
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from integrations import loop
-from integrations.config import Data, RecipeError, load
+from integrations.config import Data, RecipeError, StableDiffusion, load
 from integrations.data import DataError, load_source, to_signed, to_uint8
+from integrations.stable_diffusion import StableDiffusionObjective
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,36 @@ def test_images_are_cut_to_the_centred_square_before_scaling(tmp_path):
     source = load_source(Data(f"folder:{tmp_path / 'p'}", resolution=3))
     assert (source[[0]].images == 200).all()
     assert load_source(Data(f"folder:{tmp_path / 'p'}", crop=4)).shape == (3, 4, 4)
+
+
+def test_images_are_resized_by_the_filter_asked_for(tmp_path):
+    (tmp_path / "p" / "one").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p" / "one" / "random.png")
+    found = {}
+    for name, method in (("lanczos", Image.Resampling.LANCZOS), ("bilinear", Image.Resampling.BILINEAR)):
+        source = load_source(Data(f"folder:{tmp_path / 'p'}", resolution=5, interpolation=name))
+        found[name] = source.fingerprint()
+        expected = torch.from_numpy(np.array(Image.fromarray(pixels).resize((5, 5), method))).permute(2, 0, 1)
+        assert torch.equal(source[[0]].images[0], expected)
+    assert load_source(Data(f"folder:{tmp_path / 'p'}", resolution=5)).fingerprint() == found["lanczos"]
+    assert found["lanczos"] != found["bilinear"]
+    Image.fromarray(pixels[:, ::-1]).save(tmp_path / "p" / "one" / "random.png")
+    assert load_source(Data(f"folder:{tmp_path / 'p'}", resolution=5)).fingerprint() != found["lanczos"]
+
+
+def test_classes_take_their_names_from_a_file(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"digit {number}\n" for number in range(10)))
+    source = load_source(Data("digits", class_names=str(names), subset_fraction=0.1))
+    assert source.classes[3] == "digit 3"
+    objective = StableDiffusionObjective(StableDiffusion(pretrained="tiny-random", caption="class"), source)
+    assert objective.captions == ["", *(f"digit {number}" for number in range(10))]
+    names.write_text("one\ntwo\n")
+    with pytest.raises(RecipeError, match=r"names.txt with 2 lines, expected one for each of the 10 classes of digits"):
+        load_source(Data("digits", class_names=str(names)))
+    with pytest.raises(DataError, match=r"data.class_names: cannot read .*none.txt"):
+        load_source(Data("digits", class_names=str(tmp_path / "none.txt")))
 
 
 def test_a_hub_data_set_from_a_local_copy(tmp_path):

@@ -44,7 +44,7 @@ STABLE_DIFFUSION = {
     "objective": {"name": "stable_diffusion", "pretrained": "CompVis/stable-diffusion-v1-4", "prediction": "epsilon"}
     | {"frozen_precision": "fp16", "caption_dropout": 0.0, "min_snr_gamma": None, "noise_offset": 0.0}
     | {"autoencoder_parameters": 83_653_863},
-    "data": {"source": "imagenet", "resolution": 256, "flip": True},
+    "data": {"source": "imagenet", "resolution": 256, "interpolation": "bilinear", "flip": True},
     "model": {"name": "condition_unet", "channels": [320, 640, 1280, 1280], "layers_per_block": 2, "head_channels": 8}
     | {"pretrained": None, "parameters": 859_520_964},
     "optimizer": {"name": "adamw", "lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-2, "clip": 1.0}
@@ -133,6 +133,14 @@ PUBLISHED = {
     ],
 }
 
+# Of Improved Immiscible Diffusion (arXiv 2505.18521) and its authors' code.
+NEAREST = {
+    "flow-matching-digits": 4,
+    "ddim-cifar10": 8,
+    "sd-class-conditional-imagenet": 64,
+    "sd-fine-tune-imagenet": 64,
+}
+
 EXPERIMENTS = ["ddim-cifar10", *(name for name in PUBLISHED if name not in ("ddim-cifar10", "sd-fine-tune-imagenet"))]
 RESUME = ["--resume", "auto"]
 
@@ -155,6 +163,18 @@ def test_a_recipe_says_what_was_published(name):
     devices = PUBLISHED[name][-1]["devices"]
     assert recipe.train.global_batch_size == recipe.train.batch_size_per_device * devices
     assert build.divide(recipe, devices)[1] == 1
+
+
+@pytest.mark.parametrize(("name", "k"), NEAREST.items())
+def test_each_row_takes_the_nearest_of_as_many_noises_as_published(name, k, tmp_path):
+    recipe, plain = config.load([name, "--overlay", "nearest"]), config.load([name])
+    expected = {"method": "nearest", "metric": "l2", "quantize": "fp16", "scope": "local", "options": {"k": k}}
+    coupling = recipe.sections()["coupling"]
+    assert {field: coupling[field] for field in expected} == expected
+    assert recipe.sections() | {"coupling": None} == plain.sections() | {"coupling": None}
+    small = config.load([name, "--overlay", "nearest", "--overlay", "smoke", "--output", str(tmp_path)])
+    assert small.coupling == recipe.coupling
+    assert build.candidates(build.build_coupling(small)) == k
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
