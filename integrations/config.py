@@ -522,6 +522,9 @@ class Train:
     """Steps between sample grids; 0 draws one at the end only."""
     tracker: Literal["tensorboard", "wandb"] | None = "tensorboard"
     """Experiment tracker of accelerate; null for none."""
+    tracker_project: str = "couplings"
+    """Project of Weights & Biases. The run is named after the output folder, which keeps its id: a resumed run goes on
+    in the same one."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "global_batch_size", "batch_size_per_device", "log_every", "checkpoint_every", "keep_last")

@@ -17,9 +17,9 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from torch import Tensor, nn
 
 from .config import Consistency
-from .export import save_pipeline
 from .lpips import Lpips
 from .objective import Generators, Objective, rows
+from .pipelines import save_pipeline
 from .randomness import Draws
 
 

@@ -10,8 +10,8 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from .config import Ddim, StableDiffusion
-from .export import save_pipeline
 from .objective import Generators, Mixed, Regression
+from .pipelines import save_pipeline
 from .randomness import Draws
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}

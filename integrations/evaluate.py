@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             raise RecipeError(msg)
         with processes.main_process_first():  # the others find what it trains
             network = measure.feature_network(section.features, source, trained.recipe.output)
-    except (RecipeError, DataError, CheckpointError, TrainingError, ValueError, ImportError) as error:
+    except (RecipeError, DataError, CheckpointError, TrainingError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     options = {"kid": True, "workers": trained.recipe.data.workers, "cache": measure.cache_folder()}
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             "features": section.features,
             "seed": section.seed,
             "coupling": trained.recipe.coupling.method,
-            "ema_decay": trained.recipe.train.ema_decay if section.ema_decay is None else section.ema_decay,
+            "ema_decay": trained.decay,
             "mixed_precision": section.mixed_precision or trained.recipe.train.mixed_precision,
             **found,
         }

@@ -1,84 +1,56 @@
-"""Pipeline folders that open where this package is not installed.
-
-A network of diffusers needs nothing. One of ours leaves its source beside its weights, and the folder's README.md
-says how to open it. diffusers imports no module because a folder names it: plain ``from_pretrained(folder)`` works
-after ``import integrations.models``.
-"""
+"""Export a checkpoint as a diffusers pipeline: ``python -m integrations.export RUN -o FOLDER``."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import shutil
+import argparse
+import sys
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
-CARD = """---
-library_name: diffusers
----
-Images from this model, in this folder:
-
-```python
-{code}
-```
-"""
-
-# A class that takes its network from the folder. Were it named so in model_index.json, as diffusers' custom components
-# are, ``from_pretrained(folder)`` would ask for trust in remote code where the network has been imported, too.
-OPENER = '''"""{pipeline} with the network whose source is in this folder."""
-
-import diffusers
+from .config import RecipeError
 
 
-class {pipeline}(diffusers.{pipeline}):
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        return super().extract_init_dict(config_dict | {{"unet": ["{module}", "{network}"]}}, **kwargs)
-'''
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    options = argparse.ArgumentParser(
+        prog="python -m integrations.export",
+        description="Write a pipeline folder, whose README.md says how to open it, from a checkpoint of a run.",
+        allow_abbrev=False,
+    )
+    options.add_argument("run", type=Path, help="a run's folder")
+    options.add_argument("--checkpoint", metavar="step-N", help="one of its checkpoints (default: the newest)")
+    options.add_argument(
+        "--average",
+        metavar="DECAY",
+        help="which of the averaged weights: train.ema_decay or one of train.further_ema_decays of the run's "
+        "recipe.yaml (default: its evaluate.ema_decay)",
+    )
+    options.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
+    arguments = options.parse_args(argv)
+
+    from . import checkpoint, measure
+    from .data import DataError
+    from .pipelines import say_whose
+
+    try:
+        if arguments.output.exists():
+            msg = f"{arguments.output} exists: choose another --output"
+            raise RecipeError(msg)
+        place = arguments.run
+        if arguments.checkpoint is not None:
+            place = arguments.run / "checkpoints" / arguments.checkpoint
+            if not place.is_dir():
+                kept = ", ".join(f"step-{step}" for step in checkpoint.steps(place.parent)) or "none"
+                msg = f"--checkpoint: got {arguments.checkpoint!r}, expected one of {place.parent}: {kept}"
+                raise checkpoint.CheckpointError(msg)
+        average = [] if arguments.average is None else ["--evaluate.ema_decay", arguments.average]
+        trained = measure.load_trained(place, average)
+    except (RecipeError, DataError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    trained.objective.export(trained.model, arguments.output)
+    say_whose(arguments.output, trained.recipe.name, trained.step, trained.decay)
+    print(arguments.output)
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, code: Path | None = None) -> None:
-    """Write a pipeline and a README.md with the lines that open it.
-
-    Parameters
-    ----------
-    pipeline : DiffusionPipeline
-        Its network is its ``unet``.
-    folder : Path
-        Where to write it.
-    arguments : str
-        Arguments of a call that draws images.
-    code : Path, optional
-        Source of a pipeline that is not in diffusers.
-    """
-    pipeline.save_pretrained(folder)
-    network, name = type(pipeline.unet), type(pipeline).__name__
-    source = None if network.__module__.startswith("diffusers.") else Path(inspect.getfile(network))
-    if source is not None:
-        shutil.copyfile(source, folder / "unet" / source.name)
-    if code is not None:
-        shutil.copyfile(code, folder / "pipeline.py")
-        lines = [
-            "from diffusers import DiffusionPipeline\n",
-            'pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)',
-        ]
-        if source is not None:
-            # diffusers then takes the class from that file. In other folders this would make ``from_pretrained``
-            # ask for trust in remote code, which a custom pipeline does anyway.
-            index = json.loads((folder / "model_index.json").read_text())
-            index["unet"] = [source.stem, network.__name__]
-            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    elif source is not None:
-        # One file for each kind of pipeline: diffusers mixes up custom pipelines whose files have one name.
-        opener = OPENER.format(pipeline=name, module=source.stem, network=network.__name__)
-        (folder / f"{name}.py").write_text(opener)
-        lines = [
-            "from diffusers import DiffusionPipeline\n",
-            f"# The class of the network is not in diffusers: this runs its source, unet/{source.name}.",
-            f'pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="{name}", trust_remote_code=True)',
-        ]
-    else:
-        lines = [f"from diffusers import {name}\n", f'pipeline = {name}.from_pretrained(".")']
-    lines.append(f"images = pipeline({arguments}).images")
-    (folder / "README.md").write_text(CARD.format(code="\n".join(lines)))
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .config import Recipe, RecipeError, expect
 from .data import Images, Source, to_signed, to_uint8
 
 
@@ -74,6 +75,12 @@ class Classifier(nn.Module):
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's weights, looked for in ``torch.hub.get_dir()/checkpoints`` and downloaded otherwise."""
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+
+
+def inception_path() -> Path:
+    """Return where the weights of `Inception` are looked for."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
 
 
 class Inception(nn.Module):
@@ -83,23 +90,53 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        kind = _extractor()
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            msg = f"features: inception needs torch-fidelity: pip install 'couplings[fid]' ({error})"
-            raise ImportError(msg) from error
-        try:
-            extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+            extractor = kind("inception-v3-compat", ["2048"])
         except OSError as error:
-            place = f"{torch.hub.get_dir()}/checkpoints"
-            msg = f"features: inception has no weights in {place}, and they cannot be downloaded ({error})"
-            raise ImportError(msg) from error
+            raise RecipeError(_no_weights()) from error
         self.extractor = extractor.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(n, 2048)`` float64 features of ``(n, 1 or 3, h, w)`` images in [-1, 1]."""
         pixels = to_uint8(images).expand(-1, 3, -1, -1)
         return self.extractor(pixels)[0].double()
+
+
+def _extractor() -> type[nn.Module]:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that does not fit PyTorch
+        needs = "torch-fidelity, and a torchvision that fits PyTorch: pip install 'couplings[fid]'"
+        msg = f"evaluate.features: inception needs {needs} ({error})"
+        raise RecipeError(msg) from error
+    return FeatureExtractorInceptionV3
+
+
+def _no_weights() -> str:
+    path = inception_path()
+    return f"evaluate.features: inception needs {path}: curl -L --create-dirs -o {path} {INCEPTION_URL}"
+
+
+def check(recipe: Recipe) -> None:
+    """Check, before a training, that what measures it at its end is here; labels for a classifier are not asked for.
+
+    Raises
+    ------
+    RecipeError
+        With the line to type.
+    """
+    name = recipe.evaluate.features
+    try:
+        if name == "inception":
+            _extractor()
+            if not inception_path().is_file():
+                raise RecipeError(_no_weights())
+        elif name != "classifier":
+            expect(Path(name).is_file(), "evaluate.features", name, "classifier, inception or an existing file")
+    except RecipeError as error:
+        msg = f"{error}. To train without it: --evaluate.features classifier"
+        raise RecipeError(msg) from error.__cause__
 
 
 def train_classifier(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from . import flow_matching_pipeline
 from .config import FlowMatching
-from .export import save_pipeline
 from .objective import Generators, Mixed, Regression, rows
+from .pipelines import save_pipeline
 from .randomness import Draws
 
 # Networks made for diffusion expect times of 0 to 1000; diffusers' flow schedulers scale alike.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import couplings
 from couplings.testing import broken_promise
 
-from . import checkpoint, pictures, termination
+from . import checkpoint, features, lpips, pictures, termination
 from .averages import Averages
 from .build import (
     TrainingError,
@@ -42,6 +43,7 @@ from .dataset_pairs import KINDS
 from .models import build_model
 from .objective import Objective
 from .pairs import Block, Pairs
+from .pipelines import say_whose
 from .progress import Report, bar
 from .randomness import Draws, address
 
@@ -75,6 +77,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
                 finished = run.advance(report, terminated)
         if finished:
             run.finish()
+        if recipe.train.tracker:
+            run.accelerator.end_training()
     except OSError as error:  # a full disk, most of all
         place, reason = error.filename or recipe.output, error.strerror or error
         msg = f"cannot read or write {place}: {reason}; checkpoints are intact"
@@ -100,6 +104,9 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, train = recipe, recipe.train
         coupling = build_coupling(recipe)
+        features.check(recipe)
+        if getattr(recipe.objective, "loss", None) == "lpips":
+            lpips.check_weights()
         self.accelerator = build_accelerator(recipe)
         self.device, processes = self.accelerator.device, self.accelerator.num_processes
         # Each process works on neighbouring blocks, so the order of blocks over ranks and accumulation is the same for
@@ -277,12 +284,22 @@ class Run:
         self._warm_up()
         if self.recipe.train.tracker:
             # TensorBoard takes the name as a folder of the output, others as a project.
-            name = "tensorboard" if self.recipe.train.tracker == "tensorboard" else "couplings"
+            tracker, project = self.recipe.train.tracker, self.recipe.train.tracker_project
             options = {
                 "tensorboard": {"purge_step": self.step + 1},  # what an interrupted run logged beyond its checkpoint
-                "wandb": {"name": self.recipe.output.name, "dir": str(output), "config": self.recipe.sections()},
+                "wandb": {"name": output.name, "dir": str(output), "config": self.recipe.sections()}
+                | {"id": self._run_id(found is not None), "resume": "allow"},
             }
-            self.accelerator.init_trackers(name, init_kwargs=options)
+            self.accelerator.init_trackers(tracker if tracker == "tensorboard" else project, init_kwargs=options)
+
+    def _run_id(self, resumed: bool) -> str | None:
+        """Return the name under which Weights & Biases knows the run, kept in its folder; the first process asks it."""
+        if self.recipe.train.tracker != "wandb" or not self.accelerator.is_main_process:
+            return None
+        path = self.recipe.output / "wandb-id"
+        if not (resumed and path.is_file()):
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
     def _choose_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Open the newest intact checkpoint that the first process finds; all must find it intact."""
@@ -316,6 +333,7 @@ class Run:
         free = {
             "data": {"workers"},
             "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"}
+            | {"tracker_project"}
             | {"channels_last", "cudnn_benchmark", "deterministic", "ddp"},
         }
         now, before = self.recipe.sections(), yaml.safe_load((found.folder / "recipe.yaml").read_text())
@@ -392,9 +410,8 @@ class Run:
             self.draw(output / "samples" / f"step-{self.step}.png")
             with self.averages.lent() as model:
                 self.objective.export(model, output / "pipeline")
+            say_whose(output / "pipeline", output.name, self.step, self.recipe.train.ema_decay)
         self.accelerator.wait_for_everyone()
-        if self.recipe.train.tracker:
-            self.accelerator.end_training()
 
 
 def _truncate(path: Path, step: int) -> None:

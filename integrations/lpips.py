@@ -27,6 +27,21 @@ def weights_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / VGG
 
 
+def check_weights() -> None:
+    """Check that they are there.
+
+    Raises
+    ------
+    RecipeError
+        With the line to type.
+    """
+    path = weights_path()
+    if not path.is_file():
+        line = f"curl -L --create-dirs -o {path} https://download.pytorch.org/models/{VGG}"
+        msg = f"objective.loss: lpips needs {path}: {line}, or use l2"
+        raise RecipeError(msg)
+
+
 class Lpips(nn.Module):
     """LPIPS with VGG-16; `pretrained` gives it weights.
 
@@ -63,11 +78,8 @@ class Lpips(nn.Module):
         RecipeError
             Naming the file to put there.
         """
-        path = weights_path()
-        if not path.is_file():
-            msg = f"objective.loss: lpips needs {path}: get https://download.pytorch.org/models/{VGG}, or use l2"
-            raise RecipeError(msg)
-        vgg = torch.load(path, map_location="cpu", weights_only=True)
+        check_weights()
+        vgg = torch.load(weights_path(), map_location="cpu", weights_only=True)
         learned = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
         linear = torch.load(learned, map_location="cpu", weights_only=True)
         network = cls(pooling)

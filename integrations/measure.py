@@ -47,6 +47,12 @@ class Trained:
     model: nn.Module
     device: torch.device
 
+    @property
+    def decay(self) -> float:
+        """Decay of the average that the weights are."""
+        decay = self.recipe.evaluate.ema_decay
+        return self.recipe.train.ema_decay if decay is None else decay
+
 
 def find(path: Path) -> checkpoint.Checkpoint:
     """Open a checkpoint folder, or the newest checkpoint of a run's folder.
@@ -102,7 +108,7 @@ def load_trained(path: Path, overrides: list[str] | None = None, device: torch.d
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and device is None:
-        msg = f"got WORLD_SIZE {processes}, expected one process: sample without a launcher"
+        msg = f"got WORLD_SIZE {processes}, expected one process: start it without a launcher"
         raise RecipeError(msg)
     found = find(path)
     recipe = config.load([str(found.folder / "recipe.yaml"), *(overrides or [])])
@@ -153,9 +159,7 @@ def feature_network(name: str, source: Source, folder: Path) -> nn.Module:
     Raises
     ------
     ValueError
-        If the data has no labels to train on, or the named file does not exist.
-    ImportError
-        If ``inception`` is asked for without torch-fidelity.
+        If the data has no labels to train on, the named file does not exist, or ``inception`` cannot be had.
     """
     if name == "inception":
         return Inception()

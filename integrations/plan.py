@@ -22,7 +22,7 @@ from . import lpips
 from .build import build_coupling, build_objective, candidates, divide
 from .config import LAUNCH, Consistency, Recipe, RecipeError, StableDiffusion
 from .data import HUB, load_source
-from .features import INCEPTION
+from .features import inception_path
 from .models import build_model
 from .objective import Objective
 
@@ -171,7 +171,7 @@ def _weights(recipe: Recipe) -> dict[str, str]:
     if getattr(recipe.objective, "loss", None) == "lpips":
         files["LPIPS"] = lpips.weights_path()
     if recipe.evaluate.features == "inception":
-        files["evaluation"] = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+        files["evaluation"] = inception_path()
     return found | {name: f"{path}{'' if path.is_file() else ' (missing)'}" for name, path in files.items()}
 
 

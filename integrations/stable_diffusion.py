@@ -19,9 +19,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .config import RecipeError, StableDiffusion
 from .data import Source
 from .ddim import DiffusionObjective
-from .export import save_pipeline
 from .models import VERSION_1, align
 from .objective import Generators, Mixed
+from .pipelines import save_pipeline
 from .randomness import Draws
 
 # The noise schedule of Stable Diffusion 1.x.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
 
 from . import config
@@ -42,9 +44,25 @@ def main(argv: list[str] | None = None) -> None:
             print(plan(recipe, argv))
         else:
             train(recipe)
+            _tell_how_to_go_on(recipe, argv)
     except (config.RecipeError, DataError, TrainingError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _tell_how_to_go_on(recipe: config.Recipe, argv: list[str]) -> None:
+    """Print where a run that was asked to end was saved, and the line that continues it."""
+    from . import checkpoint
+
+    step, steps = checkpoint.steps(recipe.output / "checkpoints")[-1], recipe.train.steps
+    if step >= steps or os.environ.get("RANK", "0") != "0":
+        return
+    further = [] if recipe.resume else ["--resume", "auto"]
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    saved = f"{recipe.output}/checkpoints/step-{step}"
+    before = "Launch as before, with" if launched else "Go on with"
+    line = shlex.join([*(["-m"] if launched else ["python", "-m"]), "integrations.train", *argv, *further])
+    print(f"Ended by SIGTERM at step {step} of {steps}, saved in {saved}. {before}\n  {line}")
 
 
 if __name__ == "__main__":

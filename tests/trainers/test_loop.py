@@ -2,13 +2,16 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import socket
+import sys
 import time
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import psutil
@@ -16,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import LoggerType, set_seed
 from safetensors.torch import load_file
 from tiny_recipes import TINY, first_block, tiny
 
@@ -28,7 +31,7 @@ from integrations.build import build_objective, build_optimizer, build_schedule
 from integrations.data import ArrayImages, load_source, to_signed
 from integrations.models import build_model
 from integrations.randomness import Draws, address, epoch_order
-from integrations.train import main
+from integrations.train import _tell_how_to_go_on, main
 
 RECIPES = ["ddim-digits", "flow-matching-digits", "consistency-digits", "stable-diffusion-digits"]
 
@@ -367,6 +370,38 @@ def test_what_loading_processes_can_no_longer_bring_is_loaded_for_the_last_step(
         assert all(torch.equal(x.noise, y.noise) for x, y in zip(a.blocks, b.blocks, strict=True))
 
 
+@pytest.mark.parametrize("asked", ["one process", "several", "resuming"])
+def test_a_run_that_was_asked_to_end_says_what_it_saved_and_how_to_go_on(tmp_path, monkeypatch, capsys, asked):
+    (tmp_path / "recipe.yaml").write_text(tiny("ddim-digits", tmp_path / "run").text())
+    inner = loop.Run.train_step
+
+    def interrupted(self, blocks):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, blocks)
+
+    argv = [str(tmp_path / "recipe.yaml"), *(["--resume", "auto"] if asked == "resuming" else [])]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "train_step", interrupted)
+        main(argv)
+    saved, line = capsys.readouterr().out.splitlines()[-2:]
+    assert saved.startswith(f"Ended by SIGTERM at step 3 of 6, saved in {tmp_path}/run/checkpoints/step-3. Go on with")
+    command = ["python", "-m", "integrations.train", *argv[:1], "--resume", "auto"]
+    assert shlex.split(line) == command
+    if asked == "several":  # only the launcher knows the rest of its line; the first process speaks
+        for rank, expected in (("0", ["Launch as before, with", "-m integrations.train"]), ("1", [])):
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            monkeypatch.setenv("RANK", rank)
+            _tell_how_to_go_on(config.load(argv), argv)
+            said = capsys.readouterr().out
+            assert all(words in said for words in expected)
+            assert bool(said) == bool(expected)
+        return
+    main(command[3:])
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 6
+    assert "Ended" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("victim", ["training", "loading"])
 def test_a_job_that_loses_a_process_leaves_none_behind(job, victim):
     loading = [process for process in session(job) if process.pid != job.pid]
@@ -639,6 +674,48 @@ def test_tensorboard_gets_every_logged_number(make):
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     assert events.Tags()["images"] == ["samples"]
     assert logged == [(step, pytest.approx(loss)) for step, loss, _, _ in trace(output)]
+
+
+class Wandb(ModuleType):
+    """Stands in for the package and for a run of it; keeps what it is given."""
+
+    Image = staticmethod(lambda array: ("image", array.shape))
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(make, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    options = ["--train.tracker", "wandb", "--train.tracker_project", "noise"]
+    output = loop.train(make("ddim-digits", *options, "--train.steps", "4"), progress=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loop.train(make("ddim-digits", *options, "--resume", "auto"), progress=False)
+    first, second = wandb.started
+    assert first["project"] == "noise"
+    assert (first["name"], first["dir"], first["resume"]) == ("run", str(output), "allow")
+    assert first["config"]["train"]["global_batch_size"] == 16
+    assert first["id"] == second["id"] == (output / "wandb-id").read_text()
+    losses = [(step, values["loss"]) for step, values in wandb.logged if "loss" in values]
+    assert losses == [(step, loss) for step, loss, *_ in trace(output)]
+    assert [step for step, values in wandb.logged if "samples" in values] == [4, 6]
+    assert wandb.finished == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loop.train(make("ddim-digits", *options, folder="other"), progress=False)
+    assert wandb.started[2]["id"] != first["id"]
 
 
 def test_bfloat16_follows_float32_within_two_percent(make):

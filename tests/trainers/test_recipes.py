@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,64 @@ def test_what_cannot_be_is_refused_with_the_arithmetic(options, message):
     argv = ["consistency-cifar10", *options, "--plan"]
     with pytest.raises(config.RecipeError, match=message):
         plan(config.load(argv), argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "present", "message"),
+    [
+        ("ddim-cifar10", "--evaluate.features=inception", [], r"torch-fidelity, .*: pip install 'couplings\[fid\]'"),
+        (
+            "ddim-cifar10",
+            "--evaluate.features=inception",
+            ["package"],
+            r"curl -L --create-dirs -o {}/weights-incep.*pth h",
+        ),
+        (
+            "ddim-cifar10",
+            "--evaluate.features=inception",
+            ["package", "weights-inception-2015-12-05-6726825d.pth"],
+            None,
+        ),
+        (
+            "ddim-cifar10",
+            "--evaluate.features=none.safetensors",
+            [],
+            r"'none.safetensors', expected classifier, inception",
+        ),
+        (
+            "consistency-cifar10",
+            "--objective.loss=lpips",
+            [],
+            r"lpips needs .*curl -L --create-dirs -o {}/vgg16-397923af.pth h",
+        ),
+        ("consistency-cifar10", "--objective.loss=lpips", ["vgg16-397923af.pth"], None),
+    ],
+)
+def test_what_a_recipe_needs_at_its_end_is_asked_for_at_its_beginning(
+    name, option, present, message, tmp_path, monkeypatch
+):
+    class OpenedError(Exception):  # the data: all that is asked for before it is there
+        pass
+
+    def load_source(data):
+        raise OpenedError
+
+    monkeypatch.setattr(loop, "load_source", load_source)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for file in present:
+        if file != "package":
+            (folder / file).touch()
+    package = None if "package" not in present else SimpleNamespace(FeatureExtractorInceptionV3=torch.nn.Module)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", package)
+    recipe = config.load([name, "--overlay", "smoke", "--train.global_batch_size", "4", option])
+    with pytest.raises(OpenedError if message is None else config.RecipeError) as error:
+        loop.Run(recipe)
+    if message is not None:
+        assert re.search(message.format(folder), str(error.value))
+        assert ("--evaluate.features classifier" in str(error.value)) == ("features" in option)
 
 
 def test_further_averages_are_kept_and_sampled_from(make):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from integrations import evaluate, features, loop, measure, sample
+from integrations import checkpoint, evaluate, export, features, loop, measure, sample
 from integrations.config import ConvNext, Ncsnpp, RecipeError
 from integrations.data import load_source, to_signed
 from integrations.models import build_model
@@ -234,6 +235,27 @@ def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
     if signed.shape[1] != expected.shape[1]:
         signed = signed.mean(1, keepdim=True)
     torch.testing.assert_close(signed, expected, rtol=0, atol=1e-4)
+
+
+def test_any_checkpoint_and_average_can_be_exported(make, tmp_path, capsys):
+    output = loop.train(make("ddim-digits", "--train.further_ema_decays", "[0.5]"), progress=False)
+    export.main([str(output), "--checkpoint", "step-4", "--average", "0.5", "-o", str(tmp_path / "exported")])
+    pipeline = DDIMPipeline.from_pretrained(tmp_path / "exported")
+    for name, value in checkpoint.read(output / "checkpoints" / "step-4").tensors("ema-0.5").items():
+        torch.testing.assert_close(pipeline.unet.state_dict()[name], value, rtol=0, atol=0)
+    said = (tmp_path / "exported" / "README.md").read_text()
+    assert "average of decay 0.5 after training step 4 of the run `run`" in said
+    assert "average of decay 0.99 after training step 6 of the run `run`" in (output / "pipeline/README.md").read_text()
+    for arguments, message in (
+        (["--checkpoint", "step-5"], "--checkpoint: got 'step-5', expected one of .*: step-4, step-6"),
+        (["--average", "0.7"], r"evaluate.ema_decay: got 0.7, expected one of \[None, 0.99, 0.5\]"),
+        (["-o", str(output)], "exists: choose another --output"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            export.main([str(output), "-o", str(tmp_path / "none"), *arguments])
+        assert end.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "none").exists()
 
 
 OUTSIDE = """

@@ -1,0 +1,90 @@
+"""Pipeline folders that open where this package is not installed.
+
+A network of diffusers needs nothing. One of ours leaves its source beside its weights, and the folder's README.md
+says how to open it. diffusers imports no module because a folder names it: plain ``from_pretrained(folder)`` works
+after ``import integrations.models``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+CARD = """---
+library_name: diffusers
+---
+Images from this model, in this folder:
+
+```python
+{code}
+```
+"""
+
+# A class that takes its network from the folder. Were it named so in model_index.json, as diffusers' custom components
+# are, ``from_pretrained(folder)`` would ask for trust in remote code where the network has been imported, too.
+OPENER = '''"""{pipeline} with the network whose source is in this folder."""
+
+import diffusers
+
+
+class {pipeline}(diffusers.{pipeline}):
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        return super().extract_init_dict(config_dict | {{"unet": ["{module}", "{network}"]}}, **kwargs)
+'''
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, code: Path | None = None) -> None:
+    """Write a pipeline and a README.md with the lines that open it.
+
+    Parameters
+    ----------
+    pipeline : DiffusionPipeline
+        Its network is its ``unet``.
+    folder : Path
+        Where to write it.
+    arguments : str
+        Arguments of a call that draws images.
+    code : Path, optional
+        Source of a pipeline that is not in diffusers.
+    """
+    pipeline.save_pretrained(folder)
+    network, name = type(pipeline.unet), type(pipeline).__name__
+    source = None if network.__module__.startswith("diffusers.") else Path(inspect.getfile(network))
+    if source is not None:
+        shutil.copyfile(source, folder / "unet" / source.name)
+    if code is not None:
+        shutil.copyfile(code, folder / "pipeline.py")
+        lines = [
+            "from diffusers import DiffusionPipeline\n",
+            'pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)',
+        ]
+        if source is not None:
+            # diffusers then takes the class from that file. In other folders this would make ``from_pretrained``
+            # ask for trust in remote code, which a custom pipeline does anyway.
+            index = json.loads((folder / "model_index.json").read_text())
+            index["unet"] = [source.stem, network.__name__]
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    elif source is not None:
+        # One file for each kind of pipeline: diffusers mixes up custom pipelines whose files have one name.
+        opener = OPENER.format(pipeline=name, module=source.stem, network=network.__name__)
+        (folder / f"{name}.py").write_text(opener)
+        lines = [
+            "from diffusers import DiffusionPipeline\n",
+            f"# The class of the network is not in diffusers: this runs its source, unet/{source.name}.",
+            f'pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="{name}", trust_remote_code=True)',
+        ]
+    else:
+        lines = [f"from diffusers import {name}\n", f'pipeline = {name}.from_pretrained(".")']
+    lines.append(f"images = pipeline({arguments}).images")
+    (folder / "README.md").write_text(CARD.format(code="\n".join(lines)))
+
+
+def say_whose(folder: Path, run: str, step: int, decay: float) -> None:
+    """Add to a folder's README.md which weights it holds."""
+    with (folder / "README.md").open("a") as file:
+        file.write(f"\nWeights: the average of decay {decay} after training step {step} of the run `{run}`.\n")
