@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,18 +83,21 @@ def load_trained(path: Path, overrides: list[str] | None = None) -> Trained:
     return Trained(recipe, found.step, source, objective, model.eval().requires_grad_(False).to(device), device)
 
 
-def draw(trained: Trained, count: int, steps: int) -> Iterator[Tensor]:
+def draw(trained: Trained, count: int, steps: int, choices: Sequence[int | str] = ()) -> Iterator[Tensor]:
     """Yield ``count`` samples in batches of ``evaluate.batch_size``: images in [-1, 1].
 
-    Every sample has a random stream of its own, so the i-th sample of a seed is the same in any batch.
+    Every sample has a random stream of its own, so the i-th sample of a seed is the same in any batch. A model that is
+    told classes or captions is told ``choices`` in turn or, if there are none, those of the data, in their proportions.
     """
     section = trained.recipe.evaluate
+    told = trained.objective.choose(trained.source, count, section.seed, choices)
     for first in range(0, count, section.batch_size):
         numbers = range(first, min(first + section.batch_size, count))
         generators = [torch.Generator().manual_seed(address(section.seed, 0, i, 1, "sample")) for i in numbers]
         noise = torch.stack([torch.randn(trained.objective.shape, generator=generator) for generator in generators])
         with torch.no_grad():
-            yield trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, first)
+            own = None if told is None else told[numbers.start : numbers.stop]
+            yield trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, own)
 
 
 def feature_network(name: str, source: Source, folder: Path) -> nn.Module:
