@@ -58,7 +58,25 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 @dataclass
-class Ddim:
+class ClassConditional:
+    """What an objective does with a network that is told classes: one with ``model.classes``."""
+
+    name: str = ""
+    class_dropout: float = 0.0
+    """Share of the rows whose class is not told to the network, for guidance when sampling: 0.1 is usual."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance towards the class when sampling (arXiv 2207.12598); 1 is none."""
+
+    def __post_init__(self) -> None:
+        dropout, scale = self.class_dropout, self.guidance_scale
+        expect(0 <= dropout < 1, "objective.class_dropout", dropout, "a share of at least 0, below 1")
+        expect(scale >= 1, "objective.guidance_scale", scale, "at least 1")
+        learned = "1 with objective.class_dropout = 0: away from no class, which the network has not learned"
+        expect(scale == 1 or dropout > 0, "objective.guidance_scale", scale, learned)
+
+
+@dataclass
+class Ddim(ClassConditional):
     """Denoising diffusion on pixels, sampled deterministically (arXiv 2006.11239, 2010.02502)."""
 
     name: Literal["ddim"] = "ddim"
@@ -83,11 +101,12 @@ class Ddim:
     """Noise put back while sampling: 0 is DDIM, 1 is ancestral sampling."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(1, "objective", self, "diffusion_steps")
 
 
 @dataclass
-class FlowMatching:
+class FlowMatching(ClassConditional):
     """Rectified flow: a straight path from data to noise, the velocity as target (arXiv 2209.03003)."""
 
     name: Literal["flow_matching"] = "flow_matching"
@@ -105,7 +124,7 @@ class FlowMatching:
 
 
 @dataclass
-class Consistency:
+class Consistency(ClassConditional):
     """Consistency training: no teacher, samples in one step (arXiv 2303.01469, 2310.14189)."""
 
     name: Literal["consistency"] = "consistency"
@@ -139,6 +158,7 @@ class Consistency:
     """Standard deviation of ln(sigma) over training (``ict``)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(1, "objective", self, "s0", "total_steps")
         expect(self.s1 >= self.s0, "objective.s1", self.s1, f"at least objective.s0 = {self.s0}")
 
@@ -153,8 +173,9 @@ class StableDiffusion:
     ``tiny-random`` makes small random ones, for trying things out."""
     frozen_precision: Literal["fp32", "fp16"] = "fp32"
     """Number format of the frozen networks."""
-    caption: Literal["empty", "class"] = "empty"
-    """What the network is told: nothing, or the name of the image's class."""
+    caption: str = "empty"
+    """What the network is told: nothing (``empty``), the name of the image's ``class``, or the text in a column of the
+    data, as ``column:text``. Of several texts of an image one is drawn in every step; none is the empty caption."""
     caption_dropout: float = 0.0
     """Share of the captions replaced by the empty one, for guidance when sampling."""
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
@@ -172,6 +193,8 @@ class StableDiffusion:
 
     def __post_init__(self) -> None:
         dropout, scale = self.caption_dropout, self.guidance_scale
+        known = self.caption in ("empty", "class") or re.fullmatch("column:.+", self.caption)
+        expect(bool(known), "objective.caption", self.caption, "empty, class or column:NAME")
         expect(0 <= dropout <= 1, "objective.caption_dropout", dropout, "a share between 0 and 1")
         expect(scale >= 1, "objective.guidance_scale", scale, "at least 1")
         fits = self.sampler == "ddim" or self.prediction != "sample"
@@ -188,6 +211,11 @@ class Network:
     name: str = ""
     parameters: int | None = None
     """How many parameters the network has, for readers; ``--plan`` compares it with the count."""
+    classes: int | None = None
+    """Classes that the network can be told; null is an unconditional network."""
+
+    def __post_init__(self) -> None:
+        expect(self.classes is None or self.classes >= 2, "model.classes", self.classes, "at least 2, or null")
 
 
 @dataclass
@@ -232,13 +260,12 @@ class Levels(Network):
     """Groups of the group normalisations; must divide every number of channels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         widths = self.widths()
         levels = f"{len(widths)} values, one a level"
         expect(len(self.attention) == len(widths), "model.attention", self.attention, levels)
         divides = all(width % self.norm_groups == 0 for width in widths)
         expect(divides, "model.norm_groups", self.norm_groups, f"a divisor of all numbers of channels, {widths}")
-        classes = getattr(self, "classes", None)
-        expect(classes is None or classes >= 2, "model.classes", classes, "at least 2, or null")
 
     def widths(self) -> list[int]:
         """Return the channels of each level."""
@@ -271,8 +298,6 @@ class Ncsnpp(Levels):
     layers_per_block: int = 4
     fourier_scale: float = 16.0
     """Standard deviation of the frequencies of the time embedding."""
-    classes: int | None = None
-    """Classes that the network can be told, for ``consistency``; null is an unconditional network."""
 
     def widths(self) -> list[int]:
         """Return the channels of each level."""
@@ -290,8 +315,6 @@ class Adm(Levels):
     layers_per_block: int = 3
     head_channels: int = 64
     """Channels per attention head."""
-    classes: int | None = None
-    """Classes that the network can be told, for ``consistency``; null is an unconditional network."""
 
 
 @dataclass
@@ -357,6 +380,9 @@ class Data:
     on_unreadable: Literal["replace", "raise"] = "replace"
     """What a damaged image file does: its row is replaced by the next readable one and the file is named in a warning,
     or the run ends."""
+    latents: str | None = None
+    """Encode all images once, before training, rather than those of each step in every step: ``cache`` keeps the
+    latents in the run's folder, a path in a folder that runs may share. Their noise is drawn in every step."""
     workers: int = 0
     """Processes that load images, threads that decode a stream; 0 loads in the training process itself."""
 
@@ -370,6 +396,8 @@ class Data:
         share = self.subset_fraction
         expect(0 < share <= 1, "data.subset_fraction", share, "a share above 0, at most 1")
         expect(share == 1 or not self.streaming, "data.streaming", True, "false for a subset of the rows")
+        numbered = self.latents is None or not self.streaming
+        expect(numbered, "data.latents", self.latents, "null for data.streaming, which has no rows by number")
         for name in ("resolution", "crop", "rows"):
             value = getattr(self, name)
             expect(value is None or value >= 1, f"data.{name}", value, "at least 1, or null")
@@ -560,6 +588,8 @@ class Evaluate:
     """Seed of the sampling noise."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Arithmetic of the network when sampling; null is ``train.mixed_precision``, but float32 for fp16 on a CPU."""
+    prompts: list[str] = field(default_factory=list)
+    """Captions of the sample grids that are drawn in training; none takes captions of the data."""
     ema_decay: float | None = None
     """Which of the averaged weights to sample from; null is ``train.ema_decay``."""
 
@@ -611,9 +641,13 @@ class Recipe:
         elif isinstance(objective, Ddim):
             levels = objective.diffusion_steps
             expect(max(steps) <= levels, "evaluate.steps", steps, f"at most objective.diffusion_steps = {levels}")
-        classes = getattr(model, "classes", None)
-        told = classes is None or isinstance(objective, Consistency)
-        expect(told, "model.classes", classes, f"null for {objective.name}")
+        classes, dropout, prompts = model.classes, getattr(objective, "class_dropout", 0), self.evaluate.prompts
+        expect(classes is None or not captioned, "model.classes", classes, "null: objective.caption tells classes")
+        expect(classes is not None or not dropout, "objective.class_dropout", dropout, "0 for model.classes = null")
+        captions = captioned and objective.caption != "empty"
+        expect(captions or not prompts, "evaluate.prompts", prompts, "none: the network is told no captions")
+        stored = self.data.latents is None or captioned
+        expect(stored, "data.latents", self.data.latents, "null: only stable_diffusion has latents")
         saves = not self.train.gradient_checkpointing or isinstance(model, Unet | Adm | ConditionUnet)
         expect(saves, "train.gradient_checkpointing", True, f"false for model.name = {model.name}")
         method = self.coupling.method

@@ -10,7 +10,6 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import Consistency
 from .lpips import Lpips
-from .objective import Generators, Objective, rows
+from .objective import Generators, Objective, Told, rows
 from .pipelines import save_pipeline
 from .randomness import Draws
 
@@ -80,24 +79,13 @@ class Levels:
 
 
 class ConsistencyObjective(Objective):
-    """Predictions from neighbouring noise levels, pulled together.
-
-    Parameters
-    ----------
-    config : Consistency
-        The recipe's section.
-    shape : tuple of int
-        Shape of a row of data.
-    classes : int, optional
-        Classes of the data that the network is told; None for an unconditional one.
-    """
+    """Predictions from neighbouring noise levels, pulled together."""
 
     pipeline_name = "ConsistencyModelPipeline"
     config: Consistency
 
     def __init__(self, config: Consistency, shape: tuple[int, ...], classes: int | None = None) -> None:
-        super().__init__(config, shape)
-        self.classes = classes
+        super().__init__(config, shape, classes)
         self.target: nn.Module | None = None
         self.lpips: Lpips | None = None
 
@@ -138,16 +126,15 @@ class ConsistencyObjective(Objective):
         weight = torch.ones_like(noisier) if config.variant == "ct" else 1 / (noisier - cleaner)
         return Levels(data + rows(noisier, data) * noise, data + rows(cleaner, data) * noise, noisier, cleaner, weight)
 
-    def loss(self, model: nn.Module, data: Tensor, noise: Tensor, draws: Draws, **context: Any) -> Tensor:
+    def loss(self, model: nn.Module, data: Tensor, noise: Tensor, draws: Draws, **context: Tensor) -> Tensor:
         """Return each row's distance between its two predictions."""
         mixed = self.mix(data, noise, draws)
-        told = {} if self.classes is None else {"class_labels": context["labels"]}
         # The same dropout mask on both sides: the global generator is set back in between.
         devices = [data.device] if data.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             teacher = model if self.target is None else self.target
-            target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner, **told)
-        prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier, **told)
+            target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner, **context)
+        prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier, **context)
         return self.distance(prediction, target) * mixed.weight
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -160,10 +147,10 @@ class ConsistencyObjective(Objective):
         c = 0.00054 * math.sqrt(difference.shape[1])
         return (difference.square().sum(1) + c**2).sqrt() - c
 
-    def denoise(self, model: nn.Module, x: Tensor, sigma: Tensor, **told: Tensor) -> Tensor:
+    def denoise(self, model: nn.Module, x: Tensor, sigma: Tensor, **context: Tensor) -> Tensor:
         """Return the consistency function of ``x`` at noise level ``sigma`` (n,), in float32."""
         c_skip, c_out, c_in = (rows(c, x) for c in scalings(self.config, sigma))
-        return c_skip * x + c_out * model(c_in * x, 250 * sigma.log(), **told).sample.float()
+        return c_skip * x + c_out * model(c_in * x, 250 * sigma.log(), **context).sample.float()
 
     def scheduler(self) -> CMStochasticIterativeScheduler:
         """Return the sampler."""
@@ -177,21 +164,18 @@ class ConsistencyObjective(Objective):
         )
 
     def sample(
-        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, first: int = 0
+        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
     ) -> Tensor:
         """Denoise in one step, or denoise and add noise back ``steps - 1`` times in between."""
         scheduler = self.scheduler()
         scheduler.set_timesteps(steps, device=noise.device)
-        x = self.config.sigma_max * noise
-        told = {}
-        if self.classes is not None:
-            told["class_labels"] = torch.arange(first, first + len(noise), device=noise.device) % self.classes
+        x, ask = self.config.sigma_max * noise, self.guided(model, noise, told)
         for t in scheduler.timesteps:
-            prediction = model(scheduler.scale_model_input(x, t), t.float(), **told).sample
+            prediction = ask(scheduler.scale_model_input(x, t), t.float())
             x = scheduler.step(prediction, t, x, generator=generator).prev_sample
         return x.clamp(-1, 1)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``ConsistencyModelPipeline.from_pretrained``."""
         pipeline = ConsistencyModelPipeline(unet=model, scheduler=self.scheduler())
-        save_pipeline(pipeline, folder, "batch_size=4, num_inference_steps=1")
+        save_pipeline(pipeline, folder, "num_inference_steps=1", self)

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,10 @@ class Pieces:
                 yield Piece(epoch, first, first + self.size)
 
 
+Text = str | list[str] | None
+"""What a column of text has for a row: a text, several, or nothing."""
+
+
 class Batch(NamedTuple):
     """Rows of a source: a named tuple, so that a ``DataLoader`` can copy its tensors to pinned memory.
 
@@ -88,11 +92,14 @@ class Batch(NamedTuple):
         Classes; all zero for unlabelled data.
     unreadable : list of str
         What could not be read and was replaced.
+    texts : dict of str to list
+        Columns of text.
     """
 
     images: Tensor
     labels: Tensor
     unreadable: list[str]
+    texts: dict[str, list[Text]]
 
 
 class Source(ABC):
@@ -104,10 +111,13 @@ class Source(ABC):
         Shape (c, h, w) of every image.
     classes : list of str
         Names of the classes.
+    texts : sequence of str
+        Names of the columns of text.
     """
 
     shape: tuple[int, int, int]
     classes: list[str]
+    texts: Sequence[str] = ()
 
     def fingerprint(self) -> str | None:
         """Return what differs for other images; None if that is not known."""
@@ -191,7 +201,7 @@ class ArrayImages(Images):
 
     def __getitem__(self, rows: list[int]) -> Batch:
         index = torch.as_tensor(rows)
-        return Batch(self.images[index], self.labels[index], [])
+        return Batch(self.images[index], self.labels[index], [], {})
 
 
 class Decoder:
@@ -200,7 +210,7 @@ class Decoder:
     Parameters
     ----------
     table : datasets.Dataset or datasets.IterableDataset
-        Has a column of images and, maybe, one of labels.
+        Has a column of images and, maybe, one of labels and some of text.
     config : Data
         How to cut and scale the images, and what to do about unreadable ones.
 
@@ -221,6 +231,9 @@ class Decoder:
             raise RecipeError(msg)
         self.image, self.label = images[0], labels[0] if labels else None
         self.classes: list[str] = list(features[self.label].names) if self.label else [""]
+        # One text a row, or a list of them.
+        kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+        self.texts = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
         self.config = config
         # Decoded here rather than by datasets, so that a damaged file can be named and replaced.
         self.table = table.cast_column(self.image, datasets.Image(decode=False))
@@ -228,8 +241,8 @@ class Decoder:
         first, *_ = self.decode(enumerate(itertools.islice(self.table, 100)))
         self.shape = tuple(first.shape)  # all others must have it
 
-    def decode(self, candidates: Iterable[tuple[int, dict[str, Any]]]) -> tuple[Tensor, int, list[str]]:
-        """Return the image and label of the first row that can be read, and what could not be read before it.
+    def decode(self, candidates: Iterable[tuple[int, dict[str, Any]]]) -> tuple[Tensor, int, list[str], dict]:
+        """Return image, label and texts of the first row that can be read, and what could not be read before it.
 
         Parameters
         ----------
@@ -257,7 +270,8 @@ class Decoder:
                 found = f"{path} (row {number}) is {tuple(image.shape)}, the first image is {self.shape}"
                 msg = f"{found}: set data.resolution"
                 raise DataError(msg)
-            return image, row[self.label] if self.label else 0, unreadable
+            texts = {name: row[name] for name in self.texts}
+            return image, row[self.label] if self.label else 0, unreadable, texts
         msg = f"unreadable image: {unreadable[-1]}" if unreadable else f"data.source: {self.config.source} has no rows"
         raise DataError(msg)
 
@@ -266,11 +280,11 @@ class Decoder:
         with Image.open(io.BytesIO(content)) as image:
             return square(image.convert(self.config.mode), self.config)
 
-    @staticmethod
-    def collate(decoded: Iterable[tuple[Tensor, int, list[str]]]) -> Batch:
+    def collate(self, decoded: Iterable[tuple[Tensor, int, list[str], dict]]) -> Batch:
         """Make a batch of decoded rows."""
-        images, labels, unreadable = zip(*decoded, strict=True)
-        return Batch(torch.stack(images), torch.tensor(labels), list(itertools.chain(*unreadable)))
+        images, labels, unreadable, texts = zip(*decoded, strict=True)
+        columns = {name: [row[name] for row in texts] for name in self.texts}
+        return Batch(torch.stack(images), torch.tensor(labels), list(itertools.chain(*unreadable)), columns)
 
 
 class FileImages(Images):
@@ -286,7 +300,7 @@ class FileImages(Images):
 
     def __init__(self, table: Any, config: Data) -> None:
         self.decoder = Decoder(table, config)
-        self.shape, self.classes = self.decoder.shape, self.decoder.classes
+        self.shape, self.classes, self.texts = self.decoder.shape, self.decoder.classes, self.decoder.texts
 
     def fingerprint(self) -> str:
         """Return what differs for other images: the table's own fingerprint, and how they are cut and scaled."""
@@ -298,7 +312,7 @@ class FileImages(Images):
         return len(self.decoder.table)
 
     def __getitem__(self, rows: list[int]) -> Batch:
-        return Decoder.collate(self.decoder.decode(self._from(row)) for row in rows)
+        return self.decoder.collate(self.decoder.decode(self._from(row)) for row in rows)
 
     def _from(self, row: int) -> Iterator[tuple[int, dict[str, Any]]]:
         # A damaged image is replaced by its neighbour, not by a random one: the same whoever loads it.
@@ -334,7 +348,7 @@ class StreamedImages(Source):
             msg = f"data.rows: {found}; expected their number"
             raise RecipeError(msg)
         self.decoder = Decoder(table, config)
-        self.shape, self.classes = self.decoder.shape, self.decoder.classes
+        self.shape, self.classes, self.texts = self.decoder.shape, self.decoder.classes, self.decoder.texts
 
     def __len__(self) -> int:
         return self._rows
@@ -349,7 +363,8 @@ class StreamedImages(Source):
             pending = reader.submit(next, batches, None)
             while (batch := pending.result()) is not None:
                 pending = reader.submit(next, batches, None)
-                yield Batch(batch.images.pin_memory(), batch.labels.pin_memory(), batch.unreadable) if pinned else batch
+                images, labels, *rest = batch
+                yield Batch(images.pin_memory(), labels.pin_memory(), *rest) if pinned else batch
 
     def _read(self, pieces: Iterable[Piece], seed: int | None, decoders: Executor) -> Iterator[Batch]:
         for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):
@@ -369,7 +384,7 @@ class StreamedImages(Source):
                     raise DataError(msg)
                 # A damaged image is replaced by the next of its block, the same whoever loads it.
                 candidates = (block[i:] + block[:i] for i in range(len(block)))
-                yield Decoder.collate(decoders.map(self.decoder.decode, candidates))
+                yield self.decoder.collate(decoders.map(self.decoder.decode, candidates))
 
 
 def square(image: Image.Image, config: Data) -> Tensor:
@@ -390,7 +405,7 @@ class Subset(Images):
 
     def __init__(self, source: Images, rows: Tensor) -> None:
         self.source, self.rows = source, rows
-        self.shape, self.classes = source.shape, source.classes
+        self.shape, self.classes, self.texts = source.shape, source.classes, source.texts
 
     def fingerprint(self) -> str | None:
         """Return what differs for other images; None if that is not known of the source."""

@@ -18,7 +18,7 @@ from couplings.noise import normal
 
 from .checkpoint import Checkpoint
 from .config import RecipeError
-from .data import Batch, Images, to_signed
+from .data import Batch, Images
 from .pairs import Block, Pairs
 from .randomness import Draws, epoch_order
 
@@ -89,8 +89,7 @@ class SemidiscretePairs(Pairs):
         data, labels = [], []
         for number, batch in enumerate(self.source.scan(_SCANNED, self.recipe.data.workers)):
             draws = Draws(self.recipe.train.seed, 0, number, 1, self.device)
-            images, told = to_signed(batch.images.to(self.device)), batch.labels.to(self.device)
-            data.append(self.objective.prepare(images, told, draws)[0].cpu())
+            data.append(self.data(batch.images, draws).cpu())
             labels.append(batch.labels)
         return torch.cat(data), torch.cat(labels)
 

@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from .config import Ddim, StableDiffusion
-from .objective import Generators, Mixed, Regression
+from .objective import Generators, Mixed, Regression, Told
 from .pipelines import save_pipeline
 from .randomness import Draws
 
@@ -49,8 +49,8 @@ class DdimObjective(DiffusionObjective):
     pipeline_name = "DDIMPipeline"
     config: Ddim
 
-    def __init__(self, config: Ddim, shape: tuple[int, ...]) -> None:
-        super().__init__(config, shape)
+    def __init__(self, config: Ddim, shape: tuple[int, ...], classes: int | None = None) -> None:
+        super().__init__(config, shape, classes)
         self.scheduler = DDIMScheduler(
             num_train_timesteps=config.diffusion_steps,
             beta_schedule=SCHEDULES[config.schedule],
@@ -64,18 +64,18 @@ class DdimObjective(DiffusionObjective):
         )
 
     def sample(
-        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, first: int = 0
+        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
     ) -> Tensor:
         """Walk the scheduler's ``steps`` evenly spaced noise levels from ``noise`` to an image."""
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=noise.device)
-        x = noise
+        x, ask = noise, self.guided(model, noise, told)
         for t in scheduler.timesteps:
-            x = scheduler.step(model(x, t).sample, t, x, eta=self.config.eta, generator=generator).prev_sample
+            x = scheduler.step(ask(x, t), t, x, eta=self.config.eta, generator=generator).prev_sample
         return x
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``DDIMPipeline.from_pretrained``."""
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         pipeline = DDIMPipeline(unet=model, scheduler=scheduler)
-        save_pipeline(pipeline, folder, f"batch_size=4, num_inference_steps=20, eta={self.config.eta}")
+        save_pipeline(pipeline, folder, f"num_inference_steps=20, eta={self.config.eta}", self)

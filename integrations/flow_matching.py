@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import flow_matching_pipeline
 from .config import FlowMatching
-from .objective import Generators, Mixed, Regression, rows
+from .objective import Generators, Mixed, Regression, Told, rows
 from .pipelines import save_pipeline
 from .randomness import Draws
 
@@ -36,12 +36,13 @@ class FlowMatchingObjective(Regression):
         return Mixed(mixture, TIME_SCALE * t, noise - data)
 
     def sample(
-        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, first: int = 0
+        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
     ) -> Tensor:
         """Integrate the flow from ``noise`` at t = 1 to data at t = 0."""
+        ask = self.guided(model, noise, told)
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
-            return model(x, TIME_SCALE * t).sample
+            return ask(x, TIME_SCALE * t)
 
         if self.config.solver == "dopri5":
             from torchdiffeq import odeint
@@ -57,6 +58,6 @@ class FlowMatchingObjective(Regression):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, ...)``."""
-        pipeline = flow_matching_pipeline.FlowMatchingPipeline(unet=model)
+        pipeline = flow_matching_pipeline.FlowMatchingPipeline(unet=model, classes=self.classes)
         code = Path(flow_matching_pipeline.__file__)
-        save_pipeline(pipeline, folder, "batch_size=4, num_inference_steps=10", code)
+        save_pipeline(pipeline, folder, "num_inference_steps=10", self, code)

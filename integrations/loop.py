@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import couplings
 from couplings.testing import broken_promise
 
-from . import checkpoint, features, lpips, pictures, termination
+from . import checkpoint, features, latents, lpips, pictures, termination
 from .averages import Averages
 from .build import (
     TrainingError,
@@ -152,6 +152,13 @@ class Run:
         self.pairs = kind(recipe, self.source, self.objective, coupling, self.device, blocks, total_blocks)
         if self.accelerator.is_main_process and (broken := broken_promise(coupling)):
             log.warning(broken)
+        section = recipe.coupling
+        mixed = self.objective.tells == "class" and section.condition is None and section.method != "independent"
+        if self.accelerator.is_main_process and mixed:
+            log.warning(
+                "coupling.condition: got null, but the network is told classes: a class is not trained with quite the "
+                "noise that it is sampled from; class couples within classes"
+            )
         self.ends = termination.Agreement(processes)
         self.step = 0
         self.losses: list[Tensor] = []  # since they were last looked at: looking at every one would stall a GPU
@@ -280,6 +287,8 @@ class Run:
             (output / "recipe.yaml").write_text(self.recipe.text())
             _truncate(output / "metrics.jsonl", self.step)
         self.accelerator.wait_for_everyone()
+        if self.recipe.data.latents is not None:
+            self.pairs.source = latents.stored(self.recipe, self.source, self.objective, self.accelerator)
         self.pairs.begin(output, found, self.accelerator)
         self._warm_up()
         if self.recipe.train.tracker:
@@ -392,10 +401,14 @@ class Run:
             return
         generator = torch.Generator().manual_seed(address(self.recipe.evaluate.seed, 0, 0, 1, "sample"))
         noise = torch.randn(images, *self.objective.shape, generator=generator).to(self.device)
+        choices: Any = self.recipe.evaluate.prompts
+        if not choices and self.objective.tells == "class":
+            choices = range(len(self.source.classes))
+        told = self.objective.choose(self.source, images, self.recipe.evaluate.seed, choices)
         with self.averages.lent() as model, torch.no_grad():
-            samples = self.objective.sample(model, noise, max(self.recipe.evaluate.steps), generator)
+            samples = self.objective.sample(model, noise, max(self.recipe.evaluate.steps), generator, told)
         path.parent.mkdir(exist_ok=True)
-        grid = pictures.grid(samples)
+        grid = pictures.grid(samples, pictures.columns(choices))
         grid.save(path)
         for tracker in self.accelerator.trackers:
             if not hasattr(tracker, "log_images"):  # some keep numbers only

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,18 +139,22 @@ def _precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
-def draw(trained: Trained, count: int, steps: int) -> Iterator[Tensor]:
+def draw(trained: Trained, count: int, steps: int, choices: Sequence[int | str] = ()) -> Iterator[Tensor]:
     """Yield this process's `share` of ``count`` samples in batches of ``evaluate.batch_size``: images in [-1, 1].
 
-    Every sample has a random stream of its own, so the i-th sample of a seed is the same in any batch and process.
+    Every sample has a random stream of its own, so the i-th sample of a seed is the same in any batch and process. A
+    model that is told classes or captions is told ``choices`` in turn or, if there are none, those of the data, in
+    their proportions.
     """
     section, rows = trained.recipe.evaluate, share(count)
+    told = trained.objective.choose(trained.source, count, section.seed, choices)
     for first in range(rows.start, rows.stop, section.batch_size):
         numbers = range(first, min(first + section.batch_size, rows.stop))
         generators = [torch.Generator().manual_seed(address(section.seed, 0, i, 1, "sample")) for i in numbers]
         noise = torch.stack([torch.randn(trained.objective.shape, generator=generator) for generator in generators])
         with torch.no_grad():
-            yield trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, first)
+            own = None if told is None else told[numbers.start : numbers.stop]
+            yield trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, own)
 
 
 def feature_network(name: str, source: Source, folder: Path) -> nn.Module:

@@ -32,14 +32,18 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
     channels, side, _ = objective.shape
     options = dataclasses.asdict(config)
     del options["name"], options["parameters"]
+    # One more for no class, if some rows are told none.
+    classes = options.pop("classes")
+    told = None if classes is None else classes + (objective.dropout > 0)
     if isinstance(config, ConditionUnet):
         return _condition_unet(config, channels, side, objective.caption_width, blank)
     if isinstance(config, Mlp | ConvNext):
         kind = MlpModel if isinstance(config, Mlp) else ConvNextModel
-        return kind(sample_size=side, in_channels=channels, out_channels=channels, **options)
+        return kind(sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=told, **options)
     if isinstance(config, Ncsnpp):
-        options["num_class_embeds"] = options.pop("classes")
-        return NcsnppModel(sample_size=side, in_channels=channels, out_channels=channels, **options)
+        return NcsnppModel(
+            sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=told, **options
+        )
     common = {
         "sample_size": side,
         "in_channels": channels,
@@ -49,6 +53,7 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
         "norm_num_groups": config.norm_groups,
         "attention_head_dim": config.head_channels,
         "dropout": config.dropout,
+        "num_class_embeds": told,
     }
     if isinstance(config, Adm):
         network = UNet2DModel(
@@ -60,7 +65,6 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
             upsample_type="resnet",
             # Without it the middle attention would have no normalisation.
             attn_norm_num_groups=config.norm_groups,
-            num_class_embeds=config.classes,
         )
         return start_at_zero(network)
     assert isinstance(config, Unet)

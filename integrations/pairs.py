@@ -28,6 +28,7 @@ from .build import candidates
 from .checkpoint import Checkpoint
 from .config import Recipe
 from .data import Batch, Piece, Pieces, Source, to_signed
+from .latents import StoredLatents, of_sides
 from .objective import Objective
 from .randomness import Draws
 
@@ -44,7 +45,9 @@ class Block:
     data: Tensor
     noise: Tensor
     draws: Draws
-    context: dict[str, Any]
+    labels: Tensor
+    context: dict[str, Tensor]
+    """What the network is told: arguments of it."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Window:
         for step in self.steps:
             yield step.reduction
             for block in step.blocks:
-                yield from (block.data, block.noise, *block.context.values())
+                yield from (block.data, block.noise, block.labels, *block.context.values())
 
 
 class Pairs:
@@ -150,13 +153,21 @@ class Pairs:
             self.unreadable.add(message)
             log.warning("unreadable image replaced by its neighbour: %s", message)
         draws = Draws(self.recipe.train.seed, step, number, self.total_blocks, self.device)
-        images = to_signed(batch.images.to(self.device, non_blocking=True))
-        mirrored = self.mirrored(draws, len(images))
+        mirrored = self.mirrored(draws, len(batch.images))
+        data = self.data(batch.images, draws, mirrored)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        context = self.objective.tell(self.objective.told(labels, batch.texts, draws))
+        return Block(data, self.draw(draws, data, mirrored), draws, labels, context)
+
+    def data(self, images: Tensor, draws: Draws, mirrored: Tensor | None = None) -> Tensor:
+        """Turn images, or what is stored of them, into data as noise is mixed into it."""
+        images = images.to(self.device, non_blocking=True)
+        if isinstance(self.source, StoredLatents):
+            return self.objective.latents(of_sides(images, mirrored), draws)
+        images = to_signed(images)
         if mirrored is not None:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        data, context = self.objective.prepare(images, labels, draws)
-        return Block(data, self.draw(draws, data, mirrored), draws, {"labels": labels, **context})
+        return self.objective.encode(images, draws)
 
     def mirrored(self, draws: Draws, rows: int) -> Tensor | None:
         """Choose which rows of a block are mirrored, ``(rows,)``; None if the recipe mirrors none."""
@@ -178,7 +189,7 @@ class Pairs:
         data, noise = _joined([block.data for block in blocks]), _joined([block.noise for block in blocks])
         condition = None
         if self.recipe.coupling.condition == "class":
-            condition = _joined([block.context["labels"] for block in blocks])
+            condition = _joined([block.labels for block in blocks])
         generator = blocks[0].draws.generator("coupling", torch.device("cpu"))
         return self.coupling(data, noise, condition=condition, generator=generator)
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 
 from PIL import Image
 from torch import Tensor
 
 from .data import to_uint8
+
+
+def columns(choices: Sized) -> int | None:
+    """Return the columns of a grid of samples that are told ``choices`` in turn: one for each, if they are few."""
+    return len(choices) if 1 < len(choices) <= 16 else None
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Image.Image:

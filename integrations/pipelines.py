@@ -14,6 +14,9 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from . import class_conditional
+from .objective import Objective
+
 CARD = """---
 library_name: diffusers
 ---
@@ -26,19 +29,30 @@ Images from this model, in this folder:
 
 # A class that takes its network from the folder. Were it named so in model_index.json, as diffusers' custom components
 # are, ``from_pretrained(folder)`` would ask for trust in remote code where the network has been imported, too.
-OPENER = '''"""{pipeline} with the network whose source is in this folder."""
+OPENER = '''"""{pipeline} of diffusers, with what it does not know."""
 
 import diffusers
 
 
-class {pipeline}(diffusers.{pipeline}):
+class {pipeline}(diffusers.{pipeline}):'''
+NETWORK = """
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         return super().extract_init_dict(config_dict | {{"unet": ["{module}", "{network}"]}}, **kwargs)
+"""
+CLASSES = '''
+    def __call__(self, class_labels, guidance_scale=1.0, **options):
+        """Draw an image of each of ``class_labels``; ``options`` are those of diffusers' pipeline."""
+        from .class_conditional import told
+
+        with told(self.unet, class_labels, guidance_scale, {classes}):
+            return super().__call__(batch_size=len(class_labels), **options)
 '''
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, code: Path | None = None) -> None:
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: Path, arguments: str, objective: Objective, code: Path | None = None
+) -> None:
     """Write a pipeline and a README.md with the lines that open it.
 
     Parameters
@@ -48,15 +62,24 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, cod
     folder : Path
         Where to write it.
     arguments : str
-        Arguments of a call that draws images.
+        Arguments of a call that draws images, beside those that say how many and of which classes.
+    objective : Objective
+        Says which classes the network knows.
     code : Path, optional
         Source of a pipeline that is not in diffusers.
     """
     pipeline.save_pretrained(folder)
-    network, name = type(pipeline.unet), type(pipeline).__name__
+    network, name, classes = type(pipeline.unet), type(pipeline).__name__, objective.classes
     source = None if network.__module__.startswith("diffusers.") else Path(inspect.getfile(network))
     if source is not None:
         shutil.copyfile(source, folder / "unet" / source.name)
+    if classes is not None or code is not None:
+        shutil.copyfile(class_conditional.__file__, folder / "class_conditional.py")
+    if classes is not None:
+        labels = list(range(min(classes, 4)))
+        arguments = f"class_labels={labels}, guidance_scale={objective.config.guidance_scale}, {arguments}"
+    elif name != "StableDiffusionPipeline":
+        arguments = f"batch_size=4, {arguments}"
     if code is not None:
         shutil.copyfile(code, folder / "pipeline.py")
         lines = [
@@ -69,13 +92,19 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, arguments: str, cod
             index = json.loads((folder / "model_index.json").read_text())
             index["unet"] = [source.stem, network.__name__]
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    elif source is not None:
+    elif source is not None or classes is not None:
         # One file for each kind of pipeline: diffusers mixes up custom pipelines whose files have one name.
-        opener = OPENER.format(pipeline=name, module=source.stem, network=network.__name__)
+        opener, why = OPENER.format(pipeline=name), []
+        if source is not None:
+            opener += NETWORK.format(module=source.stem, network=network.__name__)
+            why.append(f"# The class of the network is not in diffusers: this runs its source, unet/{source.name}.")
+        if classes is not None:
+            opener += CLASSES.format(classes=classes)
+            why.append(f"# This runs {name}.py, which tells the network classes.")
         (folder / f"{name}.py").write_text(opener)
         lines = [
             "from diffusers import DiffusionPipeline\n",
-            f"# The class of the network is not in diffusers: this runs its source, unet/{source.name}.",
+            *why,
             f'pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="{name}", trust_remote_code=True)',
         ]
     else:

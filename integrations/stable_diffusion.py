@@ -1,4 +1,4 @@
-"""Latent diffusion told by captions: Stable Diffusion (arXiv 2112.10752).
+"""Latent diffusion that is told captions: Stable Diffusion (arXiv 2112.10752).
 
 The autoencoder and the text encoder are frozen. Latents are coupled after encoding and scaling; an
 offset of the noise is added after the coupling, so that it is not what the pairing is made by.
@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .config import RecipeError, StableDiffusion
+from .config import RecipeError, StableDiffusion, closest, expect
 from .data import Source
 from .ddim import DiffusionObjective
 from .models import VERSION_1, align
-from .objective import Generators, Mixed
+from .objective import Generators, Mixed, Told
 from .pipelines import save_pipeline
 from .randomness import Draws
 
@@ -83,7 +84,7 @@ class StableDiffusionObjective(DiffusionObjective):
     config : StableDiffusion
         The recipe's section.
     source : Source
-        Its images are encoded, the names of its classes are the captions.
+        Its images are encoded; the names of its classes, or a column of text, are the captions.
     blank : bool
         Build the frozen networks of a known pipeline without its weights, to count them.
     """
@@ -98,9 +99,12 @@ class StableDiffusionObjective(DiffusionObjective):
             nn.Module.to(network, DTYPES[config.frozen_precision])  # diffusers' own warns
             align(network.eval().requires_grad_(False))
         channels, height, width = source.shape
-        if config.caption == "class" and source.classes == [""]:
-            msg = "objective.caption: got 'class', but the data has no names of classes: expected empty"
-            raise RecipeError(msg)
+        caption, named = config.caption, source.classes != [""]
+        expect(named or caption != "class", "objective.caption", caption, "empty: the data has no names of classes")
+        if not blank and caption not in ("empty", "class"):
+            known = [f"column:{name}" for name in source.texts]
+            expected = " or ".join(known) + closest(caption, known) if known else "empty: the data has no text"
+            expect(caption in known, "objective.caption", caption, expected)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if height % factor or width % factor or channels not in (1, 3):
             msg = (
@@ -109,39 +113,52 @@ class StableDiffusionObjective(DiffusionObjective):
             )
             raise RecipeError(msg)
         super().__init__(config, (vae.config.latent_channels, height // factor, width // factor))
+        self.tells, self.dropout = None if caption == "empty" else caption, config.caption_dropout
         self.image_channels = channels
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.caption_width = text_encoder.config.hidden_size
         self.captions = ["", *source.classes]
         self._told: Tensor | None = None  # embeddings of the captions, made at first use
 
-    def describe(self, labels: Tensor) -> Tensor:
-        """Return ``(n, tokens, caption_width)`` embeddings of the classes' names; label -1 is the empty caption."""
-        if self._told is None or self._told.device != labels.device:
-            self._told = self._embeddings(labels.device)
-        return self._told[labels + 1]
+    def tell(self, told: Told) -> dict[str, Tensor]:
+        """Return the embeddings of captions, or of the names of classes."""
+        return {"encoder_hidden_states": self.describe(told)}
 
-    def _embeddings(self, device: torch.device) -> Tensor:
-        """Return the embeddings of all captions that the recipe may ask for."""
-        told = self.captions if self.config.caption == "class" else self.captions[:1]
+    def describe(self, told: Told) -> Tensor:
+        """Return ``(n, tokens, caption_width)`` embeddings of captions, or of classes' names; -1 is the empty one."""
+        if isinstance(told, list):
+            return self._embeddings(told, len(told))
+        if self._told is None or self._told.device != told.device:
+            # One at a time: a caption's embedding depends on nothing else.
+            self._told = self._embeddings(self.captions if self.tells == "class" else self.captions[:1], 1)
+        return self._told[told + 1]
+
+    def _embeddings(self, captions: list[str], at_once: int) -> Tensor:
         tokens = self.tokenizer(
-            told,
+            captions,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        with torch.no_grad():
-            # In evaluation mode and one at a time: a caption's embedding depends on nothing else.
-            rows = tokens.input_ids.to(device).split(1)
+        rows = tokens.input_ids.to(self.text_encoder.device).split(at_once)
+        with torch.no_grad(), torch.autocast(self.text_encoder.device.type, enabled=False):
             return torch.cat([self.text_encoder(row)[0].float() for row in rows])
 
-    def encode(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def encode(self, images: Tensor, draws: Draws) -> Tensor:
         """Return scaled latents of images in [-1, 1]."""
+        return self.latents(self.posterior(images), draws)
+
+    def posterior(self, images: Tensor) -> Tensor:
+        """Return the ``(n, 2 c, h, w)`` mean and logarithm of the variance of the latents of images, before scaling."""
         pixels = images.expand(-1, self.vae.config.in_channels, -1, -1).to(self.vae.dtype)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            latents = self.vae.encode(pixels).latent_dist.sample(generator)
-        return latents.float() * self.vae.config.scaling_factor
+            return self.vae.encode(pixels).latent_dist.parameters
+
+    def latents(self, posterior: Tensor, draws: Draws) -> Tensor:
+        """Draw scaled latents."""
+        drawn = DiagonalGaussianDistribution(posterior).sample(draws.generator("encode"))
+        return drawn.float() * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images in [-1, 1], with as many channels as the data."""
@@ -149,14 +166,6 @@ class StableDiffusionObjective(DiffusionObjective):
             images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         images = images.float().clamp(-1, 1)
         return images if images.shape[1] == self.image_channels else images.mean(1, keepdim=True)
-
-    def prepare(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
-        """Encode the images and their captions."""
-        told = labels if self.config.caption == "class" else torch.full_like(labels, -1)
-        silent = torch.rand(len(told), generator=draws.generator("caption"), device=told.device)
-        told = torch.where(silent < self.config.caption_dropout, -1, told)
-        latents = self.encode(images, draws.generator("encode"))
-        return latents, {"captions": self.describe(told)}
 
     def mix(self, data: Tensor, noise: Tensor, draws: Draws) -> Mixed:
         """Add noise, shifted by the offset, at uniformly drawn levels."""
@@ -166,10 +175,6 @@ class StableDiffusionObjective(DiffusionObjective):
             noise = noise + self.config.noise_offset * shift
         return super().mix(data, noise, draws)
 
-    def predict(self, model: nn.Module, inputs: Tensor, timesteps: Tensor, context: dict[str, Any]) -> Tensor:
-        """Ask the network, told the captions."""
-        return model(inputs, timesteps, encoder_hidden_states=context["captions"]).sample
-
     def sampler(self) -> DDIMScheduler | PNDMScheduler:
         """Return the sampling scheme."""
         if self.config.sampler == "ddim":
@@ -177,26 +182,14 @@ class StableDiffusionObjective(DiffusionObjective):
         return PNDMScheduler(**SCHEDULE, prediction_type=self.config.prediction, skip_prk_steps=True)
 
     def sample(
-        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, first: int = 0
+        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
     ) -> Tensor:
-        """Denoise latents, guided if the recipe says so, and decode them."""
-        numbers = torch.arange(first, first + len(noise), device=noise.device)
-        silent = torch.full_like(numbers, -1)
-        told = numbers % (len(self.captions) - 1) if self.config.caption == "class" else silent
-        scale = self.config.guidance_scale
-        context = self.describe(told)
-        if scale > 1:
-            context = torch.cat([self.describe(silent), context])
+        """Denoise latents and decode them."""
         scheduler = self.sampler()
         scheduler.set_timesteps(steps, device=noise.device)
-        x = noise
+        x, ask = noise, self.guided(model, noise, told)
         for t in scheduler.timesteps:
-            asked = torch.cat([x, x]) if scale > 1 else x
-            prediction = model(asked, t, encoder_hidden_states=context).sample
-            if scale > 1:
-                without, told_so = prediction.chunk(2)
-                prediction = without + scale * (told_so - without)
-            x = scheduler.step(prediction, t, x).prev_sample
+            x = scheduler.step(ask(x, t), t, x).prev_sample
         return self.decode(x)
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -212,9 +205,9 @@ class StableDiffusionObjective(DiffusionObjective):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        prompt = self.captions[-1] if self.config.caption == "class" else ""
+        prompt = {None: "", "class": self.captions[-1]}.get(self.tells, "a caption")
         arguments = f"{prompt!r}, guidance_scale={self.config.guidance_scale}, num_inference_steps=20"
-        save_pipeline(pipeline, folder, arguments)
+        save_pipeline(pipeline, folder, arguments, self)
 
 
 def blank_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, None]:

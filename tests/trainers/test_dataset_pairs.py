@@ -80,7 +80,7 @@ def test_noise_picks_each_row_once_an_epoch_and_labels_follow(make, digits, flip
     expected = torch.where((rows >= len(data))[:, None, None, None], data[rows % 1797].flip(-1), data[rows % 1797])
     assert torch.equal(torch.cat([block.data for block in blocks]), expected)
     assert torch.equal(torch.cat([block.noise for block in blocks]), normal(seeds, (1, 8, 8))[: len(rows)])
-    assert torch.equal(torch.cat([block.context["labels"] for block in blocks]), digits.labels[rows % 1797])
+    assert torch.equal(torch.cat([block.labels for block in blocks]), digits.labels[rows % 1797])
     assert len((rows % 1797).unique()) == len(rows)
 
 

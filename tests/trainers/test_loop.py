@@ -88,7 +88,7 @@ def test_a_run_writes_what_its_readers_expect(make, name):
     assert (output / "pipeline" / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "class-conditional-digits"])
 def test_independent_coupling_gives_the_loss_trace_of_a_loop_without_coupling(make, name):
     recipe = make(name, "--coupling.method", "independent", "--optimizer.clip", "null")
     output = loop.train(recipe, progress=False)
@@ -110,7 +110,8 @@ def test_independent_coupling_gives_the_loss_trace_of_a_loop_without_coupling(ma
             draws = Draws(recipe.train.seed, step, block, 2, torch.device("cpu"))
             rows = order[16 * step + 8 * block : 16 * step + 8 * block + 8]
             batch = source[rows.tolist()]
-            data, context = objective.prepare(to_signed(batch.images), batch.labels, draws)
+            data = objective.encode(to_signed(batch.images), draws)
+            context = objective.tell(objective.told(batch.labels, batch.texts, draws))
             loss = objective.loss(model, data, draws.normal(*data.shape), draws, **context).mean()
             (loss / 2).backward()
             parts.append(loss.detach())
@@ -221,9 +222,10 @@ def test_an_operation_that_cannot_repeat_itself_says_what_to_type(make, monkeypa
 
 
 CT = ["--objective.variant", "ct", "--objective.loss", "l2"]
+INTERRUPTED = [*((name, []) for name in [*RECIPES, "class-conditional-digits"]), ("consistency-digits", CT)]
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, []) for name in RECIPES), ("consistency-digits", CT)])
+@pytest.mark.parametrize(("name", "options"), INTERRUPTED)
 def test_an_interrupted_run_resumes_bit_for_bit(make, monkeypatch, name, options):
     whole = loop.train(make(name, *options, folder="whole"), progress=False)
     inner = loop.Run.train_step
@@ -524,7 +526,7 @@ def test_the_target_is_the_noise_that_was_mixed_and_labels_stay_with_their_data(
     rows = epoch_order(recipe.train.seed, 0, len(run.source))[:8].tolist()
     expected = run.source[rows]
     torch.testing.assert_close(block.data, to_signed(expected.images), rtol=0, atol=0)
-    torch.testing.assert_close(block.context["labels"], expected.labels, rtol=0, atol=0)
+    torch.testing.assert_close(block.labels, expected.labels, rtol=0, atol=0)
     drawn = block.draws.normal(*block.data.shape)
     again = couple(block.data, drawn, condition=expected.labels)
     torch.testing.assert_close(block.noise, again.noise, rtol=0, atol=0)
@@ -570,11 +572,11 @@ DDP = ["--train.ddp.bucket_cap_mb", "1", "--train.ddp.broadcast_buffers", "false
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("flow-matching-digits", ["--coupling.method", "independent", "--data.flip", "true"]),
+        ("class-conditional-digits", ["--coupling.method", "independent", "--data.flip", "true"]),
         ("flow-matching-digits", ["--coupling.scope", "global", "--train.further_ema_decays", "[0.5]"]),
         ("flow-matching-digits", ["--coupling.scope", "global", "--coupling.window", "3", *DDP]),
         ("consistency-digits", ["--coupling.scope", "global", "--optimizer.lr", "1e-4"]),
-        ("stable-diffusion-digits", []),
+        ("stable-diffusion-digits", ["--data.latents", "cache", "--data.flip", "true"]),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, processes, name, options):

@@ -38,7 +38,7 @@ def made_inline(recipe, steps):
                 draws = Draws(train.seed, step, block, count, CPU)
                 first = step * train.global_batch_size + block * train.batch_size_per_device
                 batch = source[order[first : first + train.batch_size_per_device].tolist()]
-                data.append(objective.prepare(to_signed(batch.images), batch.labels, draws)[0])
+                data.append(objective.encode(to_signed(batch.images), draws))
                 noise.append(draws.normal(candidates(coupling) * len(data[-1]), *data[-1].shape[1:]))
                 labels.append(batch.labels)
             generator = Draws(train.seed, start, block, count, CPU).generator("coupling")

@@ -388,5 +388,5 @@ def test_a_class_conditional_consistency_model_is_told_the_classes_of_its_data(t
     assert not moved[10:].any()  # the digits have ten classes
     told = []
     run.bare_model.class_embedding.register_forward_pre_hook(lambda _, given: told.append(given[0].tolist()))
-    run.objective.sample(run.bare_model.eval(), block.noise[:4], 1, first=8)
+    run.objective.sample(run.bare_model.eval(), block.noise[:4], 1, told=torch.tensor([8, 9, 0, 1]))
     assert told == [[8, 9, 0, 1]]

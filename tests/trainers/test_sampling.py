@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -213,7 +214,8 @@ def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(count, *trained.objective.shape, generator=generator)
     with torch.no_grad():
-        expected = trained.objective.sample(trained.model, noise, 5, generator)
+        told = trained.objective.choose(trained.source, count, 0, range(count))
+        expected = trained.objective.sample(trained.model, noise, 5, generator, told)
     folder, generator = str(run / "pipeline"), torch.Generator().manual_seed(3)
     arguments = {"num_inference_steps": 5, "generator": generator, "output_type": "np"}
     name = trained.objective.pipeline_name
@@ -279,15 +281,19 @@ def test_the_lines_in_an_exported_folder_draw_images_offline_and_without_this_pa
     from tiny_recipes import tiny
 
     folders = []
-    for name in ("ddim-digits", "flow-matching-digits", "consistency-digits", "stable-diffusion-digits"):
+    names = ("ddim-digits", "flow-matching-digits", "class-conditional-digits", "consistency-digits")
+    for name in (*names, "stable-diffusion-digits"):
         options = ["--objective.frozen_precision", "fp16"] if name.startswith("stable") else []
         trained = loop.Run(tiny(name, tmp_path / name, *options))
         folders.append(str(tmp_path / name / "pipeline"))
         trained.objective.export(trained.bare_model, tmp_path / name / "pipeline")
         if name in ("ddim-digits", "consistency-digits"):
+            told = type(trained.objective)(trained.objective.config, trained.objective.shape, 10)
             for section in (ConvNext(width=8, depth=1), Ncsnpp(channels=4, layers_per_block=1, norm_groups=4)):
-                folders.append(str(tmp_path / name / section.name))
-                trained.objective.export(build_model(section, trained.objective), Path(folders[-1]))
+                for objective, classes in ((trained.objective, None), (told, 10)):
+                    folders.append(str(tmp_path / name / f"{section.name}-{classes}"))
+                    model = build_model(dataclasses.replace(section, classes=classes), objective)
+                    objective.export(model, Path(folders[-1]))
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-S", "-c", OUTSIDE, sysconfig.get_path("purelib"), *folders]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

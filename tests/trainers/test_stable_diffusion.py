@@ -67,22 +67,22 @@ def test_the_min_snr_weight_makes_every_prediction_the_same_loss_on_the_clean_la
 def test_the_caption_is_the_name_of_the_class_of_its_own_row(source):
     objective = build(source, caption="class")
     labels = torch.tensor([3, 1, 3])
-    images = torch.zeros(3, *source.shape)
-    _, context = objective.prepare(images, labels, draws())
+    context = objective.tell(objective.told(labels, {}, draws()))
     for row, name in enumerate(["3", "1", "3"]):
         tokens = objective.tokenizer([name], padding="max_length", max_length=77, return_tensors="pt")
         expected = objective.text_encoder(tokens.input_ids)[0][0]
-        torch.testing.assert_close(context["captions"][row], expected)
+        torch.testing.assert_close(context["encoder_hidden_states"][row], expected)
 
 
 def test_captions_are_dropped_at_the_asked_rate_and_empty_when_unconditional(source):
-    images, labels = torch.zeros(200, *source.shape), torch.full((200,), 7)
+    labels = torch.full((200,), 7)
     empty = build(source).describe(torch.tensor([-1]))
-    _, context = build(source, caption="class", caption_dropout=0.3).prepare(images, labels, draws())
-    dropped = torch.isclose(context["captions"], empty).flatten(1).all(1).sum().item()
+    told = build(source, caption="class", caption_dropout=0.3)
+    context = told.describe(told.told(labels, {}, draws()))
+    dropped = torch.isclose(context, empty).flatten(1).all(1).sum().item()
     assert 30 <= dropped <= 95  # binomial(200, 0.3): five standard deviations are 32
-    _, context = build(source).prepare(images[:5], labels[:5], draws())
-    torch.testing.assert_close(context["captions"], empty.expand(5, -1, -1))
+    silent = build(source)
+    torch.testing.assert_close(silent.describe(silent.told(labels[:5], {}, draws())), empty.expand(5, -1, -1))
 
 
 def test_guidance_extrapolates_from_the_empty_caption(source):
@@ -98,7 +98,7 @@ def test_guidance_extrapolates_from_the_empty_caption(source):
 
     noise = torch.randn(3, *guided.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        guided.sample(record, noise, 2)
+        guided.sample(record, noise, 2, told=torch.tensor([3, 1, 4]))
     (_, t, prediction), (following, _, _) = asked
     without, told = prediction.chunk(2)
     assert not torch.allclose(without, told)
