@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 
@@ -16,12 +15,14 @@ from torch.distributed import ProcessGroup
 
 from couplings import Coupling
 
-from .config import Optimizer, Recipe, RecipeError, Train
+from . import own
+from .config import Optimizer, Own, OwnOptimizer, Recipe, RecipeError, Train
 from .consistency import ConsistencyObjective
 from .data import Source
 from .ddim import DdimObjective
 from .flow_matching import FlowMatchingObjective
 from .objective import Objective
+from .places import divide
 
 
 class TrainingError(RuntimeError):
@@ -67,7 +68,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_steps=divide(recipe, processes)[1],
         log_with=train.tracker,
         project_dir=recipe.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(**dataclasses.asdict(train.ddp))],
+        kwargs_handlers=[_ddp(train)],
     )
     if accelerator.num_processes != processes:
         msg = (
@@ -79,6 +80,14 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         msg = "train.mixed_precision: got 'fp16', which accelerate ignores on a CPU: expected 'bf16' or 'no'"
         raise RecipeError(msg)
     return accelerator
+
+
+def _ddp(train: Train) -> DistributedDataParallelKwargs:
+    try:
+        return DistributedDataParallelKwargs(**{"gradient_as_bucket_view": True, **train.ddp})
+    except TypeError as error:
+        msg = f"train.ddp: {str(error).rpartition('__init__() ')[2]}"
+        raise RecipeError(msg) from None
 
 
 REPEATABLE = (":4096:8", ":16:8")
@@ -137,13 +146,20 @@ def candidates(coupling: Coupling) -> int:
     return coupling.options.get("k") or 4 if coupling.method == "nearest" else 1
 
 
-def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer that a recipe names."""
+def build_optimizer(config: Optimizer | OwnOptimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer that a recipe names.
+
+    Raises
+    ------
+    RecipeError
+        For a class or an argument that there is not.
+    """
+    if isinstance(config, OwnOptimizer):
+        return own.construct("optimizer", config, torch.optim.Optimizer, params=model.parameters(), lr=config.lr)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
-    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
     # One pass over the weights instead of ten; RAdam has no such form.
     fused = {} if config.name == "radam" else {"fused": True}
-    return kinds[config.name](model.parameters(), **options, **fused)
+    return kinds[config.name](model.parameters(), lr=config.lr, **config.options(), **fused)
 
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
@@ -153,26 +169,6 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Callable
     counts = {"num_warmup_steps": section.warmup_steps, "num_training_steps": recipe.train.steps}
     scheduler = get_scheduler(name, optimizer, **counts)
     return lambda step: section.lr * scheduler.lr_lambdas[0](step)
-
-
-def divide(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """Return the blocks of a step and how many of them each process accumulates.
-
-    Raises
-    ------
-    RecipeError
-        With the arithmetic, if the blocks do not divide among the processes.
-    """
-    train = recipe.train
-    blocks = train.global_batch_size // train.batch_size_per_device
-    if blocks % processes:
-        msg = (
-            f"train.global_batch_size {train.global_batch_size} = {blocks} blocks of train.batch_size_per_device "
-            f"{train.batch_size_per_device}, which do not divide among {processes} processes ({blocks} / {processes} = "
-            f"{blocks / processes:.2f})"
-        )
-        raise RecipeError(msg)
-    return blocks, blocks // processes
 
 
 def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> Objective:
@@ -193,5 +189,7 @@ def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> O
     if known is not None and not 2 <= found <= known:
         msg = f"model.classes: got {known}, but {recipe.data.source} has {found} classes: expected no fewer, or null"
         raise RecipeError(msg)
+    if isinstance(recipe.objective, Own):
+        return own.objective(recipe.objective, source.shape, known)
     kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
     return kinds[recipe.objective.name](recipe.objective, source.shape, known)

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)")
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -133,6 +135,39 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def weights(path: Path) -> dict[str, Tensor]:
+    """Load the weights of a network.
+
+    Parameters
+    ----------
+    path : Path
+        A checkpoint or a run's folder, of whose newest checkpoint the averaged weights are taken; a pipeline's folder
+        or its ``unet``; or a safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none.
+    """
+    if (path / "state.json").is_file() or (path / "checkpoints").is_dir():
+        found = read(path) if (path / "state.json").is_file() else newest(path / "checkpoints")
+        if found is None:
+            msg = f"{path} has no intact checkpoint"
+            raise CheckpointError(msg)
+        return {**found.tensors("model"), **found.tensors("ema")}
+    inside = [*(path / "unet").glob("*"), *path.glob("*")]
+    files = [path] if path.is_file() else [file for file in inside if _WEIGHTS.fullmatch(file.name)]
+    try:
+        loaded = [load_file(file) for file in files]
+    except (SafetensorError, OSError) as error:
+        msg = f"{path} cannot be read: {error}"
+        raise CheckpointError(msg) from error
+    if not loaded:
+        msg = f"{path} is no checkpoint, run, pipeline or .safetensors file"
+        raise CheckpointError(msg)
+    return {name: value for group in loaded for name, value in group.items()}
+
+
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints."""
     for step in steps(folder)[:-keep]:
@@ -162,10 +197,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
     for weight, values in optimizer.state.items():
         for key, value in values.items():
-            if key != "step" and isinstance(
-                value, Tensor
-            ):  # laid out in memory as the weight is, which fused updates need
-                values[key] = torch.empty_like(weight).copy_(value)
+            # Laid out in memory as the weight is, which fused updates need.
+            if isinstance(value, Tensor) and value.shape == weight.shape and key != "step":
+                values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _sha256(path: Path) -> str:

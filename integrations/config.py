@@ -1,7 +1,8 @@
 """Recipes: YAML read into dataclasses by jsonargparse, every field overridable on the command line.
 
 Nothing heavier than PyYAML and jsonargparse is imported here, so a mistake in a recipe is reported before PyTorch
-loads. Every section refuses values that cannot run; `Recipe` refuses sections that do not fit together.
+loads. Every section refuses values that cannot run; `Recipe` refuses sections that do not fit together, and `places`
+what is not on this machine. Classes of the user's own are only named here: see `own`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +26,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 RECIPES = Path(__file__).parent / "recipes"
 LAUNCH = Path(__file__).parent / "launch"
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the text below each field
+# --help shows the text below each field; a section may have fields named class_path and init_args.
+set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=["is_pure_dataclass"])
 
 
 class RecipeError(ValueError):
@@ -52,6 +57,33 @@ def closest(word: str, known: Iterable[str]) -> str:
     """Return a question with the known word that is most like ``word``, or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+# Classes of the user's own
+
+Arguments = dict[str, bool | int | float | str | list | dict | None]
+
+
+@dataclass
+class Own:
+    """A class of your own, that is given ``init_args`` beside what every class of its section is given."""
+
+    class_path: str = ""
+    """Where the class is imported from, as ``package.module.Class``; the current directory is looked in too."""
+    init_args: Arguments = field(default_factory=dict)
+    """Arguments of its constructor, as ``--model.init_args.width 64``."""
+
+    @property
+    def name(self) -> str:
+        """What the section is called in messages."""
+        return self.class_path
+
+
+def _check_importable(name: str, path: str, form: str) -> None:
+    top, *rest = re.split("[.:]", path)
+    expect(all([top, *rest]) and bool(rest), name, path, form)
+    found = top in sys.modules or find_spec(top) is not None
+    expect(found, name, path, f"{form}: there is no module {top!r} here or among the installed ones")
 
 
 # Objectives
@@ -217,6 +249,22 @@ class Network:
     def __post_init__(self) -> None:
         expect(self.classes is None or self.classes >= 2, "model.classes", self.classes, "at least 2, or null")
 
+    def check_side(self, side: int) -> None:
+        """Refuse images of a side that the network cannot take."""
+
+
+@dataclass
+class OwnNetwork(Own):
+    """A network of your own: any ``torch.nn.Module`` that is called as ``network(x, timesteps)``."""
+
+    classes: int | None = None
+    """Classes that the network is told, as ``class_labels=``; null is an unconditional network."""
+    parameters: int | None = None
+    """How many parameters the network has, for readers; ``--plan`` compares it with the count."""
+
+    def check_side(self, side: int) -> None:
+        """Leave it to the network."""
+
 
 @dataclass
 class Mlp(Network):
@@ -245,6 +293,15 @@ class ConvNext(Network):
     kernel_size: int = 5
     """Side of the depthwise convolution, in patches."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, "model", self, "patch_size")
+        expect(self.kernel_size % 2 == 1, "model.kernel_size", self.kernel_size, "an odd number")
+
+    def check_side(self, side: int) -> None:
+        """Refuse images that patches do not fill."""
+        divisor = f"a divisor of the images' {side} pixels"
+        expect(side % self.patch_size == 0, "model.patch_size", self.patch_size, divisor)
+
 
 @dataclass
 class Levels(Network):
@@ -264,12 +321,28 @@ class Levels(Network):
         widths = self.widths()
         levels = f"{len(widths)} values, one a level"
         expect(len(self.attention) == len(widths), "model.attention", self.attention, levels)
-        divides = all(width % self.norm_groups == 0 for width in widths)
-        expect(divides, "model.norm_groups", self.norm_groups, f"a divisor of all numbers of channels, {widths}")
+        _check_groups(self.norm_groups, widths)
+        head = getattr(self, "head_channels", None)
+        # The last level is attended to between the way down and the way up.
+        least = min(width for width, attends in zip(widths, [*self.attention[:-1], True], strict=True) if attends)
+        fewer = f"at most {least}, the channels of a level with attention"
+        expect(head is None or 1 <= head <= least, "model.head_channels", head, fewer)
 
     def widths(self) -> list[int]:
         """Return the channels of each level."""
         return self.channels
+
+    def check_side(self, side: int) -> None:
+        """Refuse images that cannot be halved once a level."""
+        count = len(self.widths())
+        factor = 2 ** (count - 1)
+        halved = f"a multiple of {factor}: the network halves the images {count - 1} times"
+        expect(side % factor == 0, "data.resolution", side, halved)
+
+
+def _check_groups(groups: int, widths: list[int]) -> None:
+    divides = groups >= 1 and all(width > 0 and width % groups == 0 for width in widths)
+    expect(divides, "model.norm_groups", groups, f"a divisor of all numbers of channels, {widths}")
 
 
 @dataclass
@@ -298,6 +371,10 @@ class Ncsnpp(Levels):
     layers_per_block: int = 4
     fourier_scale: float = 16.0
     """Standard deviation of the frequencies of the time embedding."""
+
+    def __post_init__(self) -> None:
+        _check_groups(self.norm_groups, [self.channels, *self.widths()])
+        super().__post_init__()
 
     def widths(self) -> list[int]:
         """Return the channels of each level."""
@@ -334,10 +411,22 @@ class ConditionUnet(Network):
     norm_groups: int = 32
     """Groups of the group normalisations; must divide every number of channels."""
 
+    def __post_init__(self) -> None:
+        _check_groups(self.norm_groups, self.channels)
+        least, heads = min(self.channels), self.head_channels
+        expect(1 <= heads <= least, "model.head_channels", heads, f"at most {least}, the fewest channels")
+
 
 # The other sections
 
-PLAIN_SOURCES = ("digits", "photo-crops", "cifar10", "celeba", "tiny-imagenet", "imagenet")
+HUB = {
+    "cifar10": ("uoft-cs/cifar10", 32, None),
+    "celeba": ("flwrlabs/celeba", 64, 140),
+    "tiny-imagenet": ("zh-plus/tiny-imagenet", 64, None),
+    "imagenet": ("ILSVRC/imagenet-1k", 256, None),
+}
+"""Names of hub data sets, and the centred square that is usual for them: CelebA's faces fill 140 of 178 x 218."""
+PLAIN_SOURCES = ("digits", "photo-crops", *HUB)
 PLACED_SOURCES = ("idx", "folder", "hub")
 
 
@@ -345,12 +434,17 @@ PLACED_SOURCES = ("idx", "folder", "hub")
 class Data:
     """Where the images come from."""
 
-    source: str = "digits"
-    """``digits``: the 8x8 handwritten digits of scikit-learn. ``photo-crops``: 32x32 crops of the photographs that
-    scikit-learn and scikit-image ship. ``idx:FOLDER``: the MNIST family's train-images-idx3-ubyte and
-    train-labels-idx1-ubyte, gzipped or not. ``folder:FOLDER``: image files, one folder per class. ``hub:NAME``: a data
-    set of the Hugging Face hub, or a local copy of one. ``cifar10``, ``celeba``, ``tiny-imagenet`` and ``imagenet`` are
-    hub data sets by short names."""
+    source: str | None = None
+    """Null is ``digits``, or ``class_path``. ``digits``: the 8x8 handwritten digits of scikit-learn. ``photo-crops``:
+    32x32 crops of the photographs that scikit-learn and scikit-image ship. ``idx:FOLDER``: the MNIST family's
+    train-images-idx3-ubyte and train-labels-idx1-ubyte, gzipped or not. ``folder:FOLDER``: image files, one folder per
+    class. ``hub:NAME``: a data set of the Hugging Face hub, or a local copy of one. ``cifar10``, ``celeba``,
+    ``tiny-imagenet`` and ``imagenet`` are hub data sets by short names."""
+    class_path: str | None = None
+    """A data set of your own in the place of ``source``, as ``package.module.Class``: a map-style data set of images,
+    or of pairs of an image and a label, whose names are its attribute ``classes``."""
+    init_args: Arguments = field(default_factory=dict)
+    """Arguments of its constructor."""
     split: str = "train"
     """Split of a hub data set."""
     streaming: bool = False
@@ -387,11 +481,16 @@ class Data:
     """Processes that load images, threads that decode a stream; 0 loads in the training process itself."""
 
     def __post_init__(self) -> None:
+        self.source = self.source or self.class_path or "digits"
+        own = self.class_path is not None
+        expect(not own or self.source == self.class_path, "data.source", self.source, "null with data.class_path")
+        expect(own or not self.init_args, "data.init_args", self.init_args, "data.class_path too, which takes them")
         kind, _, place = self.source.partition(":")
         known = [*PLAIN_SOURCES, *(f"{name}:..." for name in PLACED_SOURCES)]
         expected = " or ".join(known) + closest(kind, [*PLAIN_SOURCES, *PLACED_SOURCES])
-        expect(kind in (PLACED_SOURCES if place else PLAIN_SOURCES), "data.source", self.source, expected)
-        held = kind in ("digits", "photo-crops", "idx")
+        fits = own or kind in (PLACED_SOURCES if place else PLAIN_SOURCES)
+        expect(fits, "data.source", self.source, expected)
+        held = own or kind in ("digits", "photo-crops", "idx")
         expect(not (held and self.streaming), "data.streaming", True, f"false for data.source = {self.source}")
         share = self.subset_fraction
         expect(0 < share <= 1, "data.subset_fraction", share, "a share above 0, at most 1")
@@ -404,21 +503,19 @@ class Data:
         _at_least(0, "data", self, "workers")
         _at_least(1, "data", self, "shuffle_buffer")
 
+    @property
+    def side(self) -> int | None:
+        """Side of the images in pixels, where it is known without opening them."""
+        usual = {"digits": 8, "photo-crops": 32} | {name: side for name, (_, side, _) in HUB.items()}
+        return self.resolution or usual.get(self.source)
+
 
 @dataclass
-class Optimizer:
-    """The optimizer and its schedule."""
+class Schedule:
+    """The learning rate over training."""
 
-    name: Literal["adam", "adamw", "radam"] = "adam"
-    """Update rule."""
     lr: float = 2e-4
     """Learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two moment estimates."""
-    eps: float = 1e-8
-    """Added to the denominator of the update."""
-    weight_decay: float = 0.0
-    """Decoupled for ``adamw``, added to the gradient otherwise."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -432,6 +529,36 @@ class Optimizer:
         _at_least(0, "optimizer", self, "warmup_steps")
 
 
+@dataclass
+class Optimizer(Schedule):
+    """The optimizer and its schedule."""
+
+    name: Literal["adam", "adamw", "radam"] = "adam"
+    """Update rule."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moment estimates."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.0
+    """Decoupled for ``adamw``, added to the gradient otherwise."""
+
+    def options(self) -> dict[str, Any]:
+        """Return its arguments, the learning rate aside."""
+        return {"betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.weight_decay}
+
+
+@dataclass
+class OwnOptimizer(Own, Schedule):
+    """A ``torch.optim.Optimizer`` that is no short name, of PyTorch, of a package or of your own, and its schedule."""
+
+
+METHODS = (
+    *("independent", "hungarian", "lapjv", "auction", "emd", "sinkhorn", "greedy", "stable", "sliced", "nearest"),
+    *("exact", "jv", "none", "knn"),
+)
+"""Names of pairing methods that couplings knows: written out, because to ask it loads PyTorch."""
+METRICS = ("sqeuclidean", "l2", "l1", "cosine", "dot")
+QUANTIZERS = ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "int8")
 DATASET_METHODS = {
     "semidiscrete": {"potentials": "the path of a plan, or null", "tolerance": "a number above 0"},
     "persistent": {"seeds": "a whole number of at least 1"},
@@ -447,7 +574,7 @@ class CouplingSection:
     """Name of the pairing method; ``independent`` is the baseline. ``semidiscrete``: noise picks its row in the whole
     dataset, by the plan of ``coupling.options.potentials`` (what ``couplings fit`` writes) or one that is fitted when
     the run begins, to ``coupling.options.tolerance``. ``persistent``: noise of ``coupling.options.seeds`` seeds stays
-    with each row, and is coupled again in every batch."""
+    with each row, and is coupled again in every batch. ``nearest:k=4`` has its options with it."""
     metric: str = "sqeuclidean"
     """Distance that the pairing minimises."""
     quantize: str | None = None
@@ -465,7 +592,14 @@ class CouplingSection:
 
     def __post_init__(self) -> None:
         _at_least(1, "coupling", self, "window")
+        told = self.method
+        self.method, *words = re.split(r":(?=[^:]*=)", told)  # a name may hold a colon itself
+        for word in words:
+            name, _, value = word.partition("=")
+            expect(name not in self.options, "coupling.method", told, f"{name} here or in coupling.options, once")
+            self.options = {**self.options, name: _plain(value)}
         if self.method not in DATASET_METHODS:
+            self._check_names()
             return
         known = DATASET_METHODS[self.method]
         for name, value in self.options.items():
@@ -483,24 +617,27 @@ class CouplingSection:
             expect(self.metric == "sqeuclidean", "coupling.metric", self.metric, "sqeuclidean for semidiscrete")
             expect(self.quantize is None, "coupling.quantize", self.quantize, "null for semidiscrete")
 
+    def _check_names(self) -> None:
+        """Refuse names that couplings would; it may know those of other packages."""
+        others = "couplings" in sys.modules or bool(entry_points(group="couplings.methods"))
+        if ":" in self.method:
+            _check_importable("coupling.method", self.method, "package.module:function")
+            others = True
+        known = (*METHODS[:10], *DATASET_METHODS)
+        for name, value, names in (("metric", self.metric, METRICS), ("quantize", self.quantize, QUANTIZERS)):
+            fits = value is None or value.strip().lower() in names
+            expect(fits, f"coupling.{name}", value, f"one of {', '.join(names)}{closest(str(value), names)}")
+        fits = others or self.method.strip().lower() in METHODS
+        expected = f"one of {', '.join(known)}{closest(self.method, known)}"
+        expect(fits, "coupling.method", self.method, expected)
 
-@dataclass
-class Ddp:
-    """How gradients are averaged over processes: options of ``torch.nn.parallel.DistributedDataParallel``."""
 
-    bucket_cap_mb: int = 25
-    """Size of the pieces in which gradients travel, in MiB."""
-    gradient_as_bucket_view: bool = True
-    """Keep gradients in these pieces, without a copy of their own."""
-    broadcast_buffers: bool = True
-    """Send the first process's buffers to all in every forward pass."""
-    find_unused_parameters: bool = False
-    """Look in every step for weights that the loss does not depend on."""
-    static_graph: bool = False
-    """Promise that every step uses the same weights, in the same order."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, "train.ddp", self, "bucket_cap_mb")
+def _plain(text: str) -> bool | int | float | str | None:
+    constants = {"true": True, "false": False, "none": None, "null": None}
+    for read in (int, float, constants.__getitem__):
+        with suppress(ValueError, KeyError):
+            return read(text.strip().lower())
+    return text.strip()
 
 
 @dataclass
@@ -525,11 +662,15 @@ class Train:
     """Keep images in memory with the channels last: faster convolutions on a GPU in half precision or TF32."""
     cudnn_benchmark: bool = False
     """Try the convolution algorithms of a GPU at first use, and take the fastest."""
+    init_from: str | None = None
+    """Weights to begin with: a run's folder or one of its checkpoints, whose averaged weights are taken, an exported
+    pipeline, or a .safetensors file. Null begins with random ones."""
     deterministic: bool = False
     """Give the same bits in every run on the same GPU, also when resumed; slower. CUBLAS_WORKSPACE_CONFIG is set to
     ``:4096:8`` unless CUDA has started already."""
-    ddp: Ddp = field(default_factory=Ddp)
-    """Training in several processes."""
+    ddp: dict[str, bool | int] = field(default_factory=dict)
+    """How gradients are averaged over processes: options of accelerate's ``DistributedDataParallelKwargs``, as
+    ``--train.ddp.bucket_cap_mb 50``; ``gradient_as_bucket_view`` is true."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights that are sampled from."""
     further_ema_decays: list[float] = field(default_factory=list)
@@ -610,6 +751,9 @@ class Launch:
 
 OBJECTIVES: dict[str, type] = {kind.name: kind for kind in (Ddim, Consistency, StableDiffusion, FlowMatching)}
 MODELS: dict[str, type] = {kind.name: kind for kind in (Mlp, ConvNext, Unet, Ncsnpp, Adm, ConditionUnet)}
+OPTIMIZERS: dict[str, type] = dict.fromkeys(("adam", "adamw", "radam"), Optimizer)
+KINDS = {"objective": (OBJECTIVES, Own), "model": (MODELS, OwnNetwork), "optimizer": (OPTIMIZERS, OwnOptimizer)}
+"""Sections whose fields depend on what they name: their short names, and what stands for a class of the user's."""
 SECTIONS = ("objective", "data", "model", "optimizer", "coupling", "train", "evaluate", "launch")
 
 
@@ -621,7 +765,7 @@ class Recipe:
     objective: Any
     data: Data
     model: Any
-    optimizer: Optimizer
+    optimizer: Optimizer | OwnOptimizer
     coupling: CouplingSection
     train: Train
     evaluate: Evaluate
@@ -632,9 +776,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         objective, model, steps = self.objective, self.model, self.evaluate.steps
+        for section in ("objective", "data", "model", "optimizer"):
+            path = getattr(getattr(self, section), "class_path", None)
+            if path is not None:
+                _check_importable(f"{section}.class_path", path, "package.module.Class")
         captioned = isinstance(objective, StableDiffusion)
         fitting = [name for name, kind in MODELS.items() if (kind is ConditionUnet) == captioned]
-        expect(model.name in fitting, "model.name", model.name, f"{' or '.join(fitting)} for {objective.name}")
+        fits = model.name in fitting or isinstance(model, Own) or isinstance(objective, Own)
+        expect(fits, "model.name", model.name, f"{' or '.join(fitting)} for {objective.name}")
+        if self.data.side is not None and not captioned and not isinstance(model, ConditionUnet):
+            model.check_side(self.data.side)
         if isinstance(objective, Consistency):
             levels, limit = objective.s1 + 1, f"objective.s1 + 1 = {objective.s1 + 1}"
             expect(max(steps) <= levels, "evaluate.steps", steps, f"at most {limit}")
@@ -648,18 +799,21 @@ class Recipe:
         expect(captions or not prompts, "evaluate.prompts", prompts, "none: the network is told no captions")
         stored = self.data.latents is None or captioned
         expect(stored, "data.latents", self.data.latents, "null: only stable_diffusion has latents")
-        saves = not self.train.gradient_checkpointing or isinstance(model, Unet | Adm | ConditionUnet)
+        saves = not self.train.gradient_checkpointing or isinstance(model, Unet | Adm | ConditionUnet | Own)
         expect(saves, "train.gradient_checkpointing", True, f"false for model.name = {model.name}")
         method = self.coupling.method
         numbered = method not in DATASET_METHODS or not self.data.streaming
         expect(numbered, "data.streaming", True, f"false for coupling.method = {method}, which needs rows by number")
         kept = [None, self.train.ema_decay, *self.train.further_ema_decays]
         expect(self.evaluate.ema_decay in kept, "evaluate.ema_decay", self.evaluate.ema_decay, f"one of {kept}")
+        begun = self.train.init_from is None or getattr(model, "pretrained", None) is None
+        expect(begun, "train.init_from", self.train.init_from, "null with model.pretrained, which says the same")
 
     def sections(self) -> dict[str, Any]:
         """Return the recipe as plain nested values, as ``recipe.yaml`` holds them."""
         values = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        values["optimizer"]["betas"] = list(self.optimizer.betas)
+        if "betas" in values["optimizer"]:
+            values["optimizer"]["betas"] = list(self.optimizer.betas)
         return values | {"output": str(self.output)}
 
     def text(self) -> str:
@@ -683,32 +837,36 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
     RecipeError
         For an unknown field, a value of the wrong type or an impossible combination.
     """
-    path = _find(argv[0], RECIPES, "recipe")
-    kinds = _kinds(path)
-    parser = _parser(kinds, f"{prog} {path}")
+    path = find(argv[0], RECIPES, "recipe")
     try:
-        parsed = parser.parse_args(["--recipe", str(path), *_overlay_first(argv[1:], kinds)])
+        raw = _read(path)
+        asked, rest = _asked(argv[1:])
+        names, kinds = _choose(raw, asked)
+        files = [raw, *(_overlay(name, names) for name in asked.get("overlay", ()))]
+        for file in files:
+            _give_way(file, asked)
+        parser = _parser(kinds, f"{prog} {path}")
+        _check_flags(rest, parser)
+        read = [word for file in files for word in ("--recipe", yaml.safe_dump(file))]
+        parsed = parser.parse_args([*read, *rest])
         values = parser.instantiate(parsed)
         sections = {section: values[section] for section in SECTIONS}
         output = Path(values.output or f"runs/{path.stem}")
         return Recipe(path.stem, **sections, output=output, resume=values.resume == "auto", plan=values.plan)
     except (ArgumentError, RecipeError) as error:
-        message = str(error).strip()
-        msg = f"{path}: {message}{_suggestion(message, parser)}"
+        message = " ".join(str(error).split())
+        msg = f"{path}: {message}{_suggestion(message, parser) if isinstance(error, ArgumentError) else ''}"
         raise RecipeError(msg) from None
 
 
-def load_or_exit(argv: list[str], prog: str) -> Recipe:
-    """Load a recipe for a program: a mistake ends it with one line and exit status 2."""
-    try:
-        return load(argv, prog=prog)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def find(name: str, folder: Path, what: str) -> Path:
+    """Find a file by its path, or by the bare name of a bundled one.
 
-
-def _find(name: str, folder: Path, what: str) -> Path:
-    """Find a file by its path, or by the bare name of a bundled one."""
+    Raises
+    ------
+    RecipeError
+        If there is none.
+    """
     for path in (Path(name), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -721,33 +879,70 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        msg = f"{path}: not valid YAML: {error}"
+        msg = f"not valid YAML: {error}"
         raise RecipeError(msg) from None
     if not isinstance(raw, dict):
-        msg = f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
+        msg = f"expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
         raise RecipeError(msg)
     return raw
 
 
-def _kinds(path: Path) -> dict[str, type]:
-    """Return the classes of a recipe's ``objective`` and ``model``: the fields depend on them."""
-    raw, kinds = _read(path), {}
-    for section, known in (("objective", OBJECTIVES), ("model", MODELS)):
-        value = raw.get(section)
-        name = value.get("name") if isinstance(value, dict) else value
-        expected = f"one of {', '.join(known)}{closest(str(name), known)}"
-        expect(name in known, f"{path}: {section}.name", name, expected)
-        kinds[section] = known[name]
-    return kinds
+def _asked(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the overlays, and what is chosen in the place of something else, and the words that are no overlay."""
+    fields = [f"{section}.{name}" for section in KINDS for name in ("name", "class_path")]
+    chosen, overlay = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
+    for name in (*fields, *GIVE_WAY):
+        chosen.add_argument(f"--{name}", nargs="?")
+    overlay.add_argument("--overlay", action="append", nargs="?", const="")
+    named, rest = overlay.parse_known_args(argv)
+    asked = vars(named) | vars(chosen.parse_known_args(rest)[0])
+    return {name: value for name, value in asked.items() if value is not None}, rest
+
+
+def _choose(raw: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, str | None], dict[str, type]]:
+    """Return the short names, None for a class of the user's, and the classes of the sections in `KINDS`.
+
+    What is asked for otherwise than the recipe says takes the place of the recipe's, fields and all.
+    """
+    names, kinds = {}, {}
+    for section, (known, own) in KINDS.items():
+        said = raw.setdefault(section, {"name": "adam"} if section == "optimizer" else {})
+        expect(isinstance(said, dict), section, said, "fields, such as name")
+        said_path, said_name = said.get("class_path"), said.get("name", "adam" if section == "optimizer" else None)
+        both = said_path is not None and "name" in said
+        expect(not both, f"{section}.name", said_name, f"null with {section}.class_path, one of the two")
+        path, name = asked.get(f"{section}.class_path"), asked.get(f"{section}.name")
+        path, name = (said_path, said_name) if path is None and name is None else (path, name)
+        expected = f"one of {', '.join(known)}{closest(str(name), known)}, or {section}.class_path"
+        expect(path is not None or name in known, f"{section}.name", name, expected)
+        names[section], kinds[section] = (name, known[name]) if path is None else (None, own)
+        if path != said_path or (path is None and kinds[section] is not known.get(said_name)):
+            kept = {entry.name for entry in dataclasses.fields(Schedule)} if section == "optimizer" else ()
+            raw[section] = {field: value for field, value in said.items() if field in kept}
+    return names, kinds
+
+
+GIVE_WAY = {
+    "data.source": ("class_path", "init_args"),
+    "data.class_path": ("source", "init_args"),
+    "coupling.method": ("method", "options"),
+}
+"""Fields of a file that what is asked for on the command line takes the place of."""
+
+
+def _give_way(file: dict[str, Any], asked: dict[str, str]) -> None:
+    for name in GIVE_WAY.keys() & asked.keys():
+        section = file.get(name.partition(".")[0])
+        for dropped in GIVE_WAY[name] if isinstance(section, dict) else ():
+            section.pop(dropped, None)
 
 
 def _parser(kinds: dict[str, type], prog: str) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description="Every field of a recipe.")
     parser.add_argument("--recipe", action="config", help="a further file of fields, read after the recipe")
-    types = {"data": Data, "optimizer": Optimizer, "coupling": CouplingSection, "train": Train, "evaluate": Evaluate}
-    types = kinds | types | {"launch": Launch}
+    types = {"data": Data, "coupling": CouplingSection, "train": Train, "evaluate": Evaluate, "launch": Launch}
     for section in SECTIONS:
-        parser.add_argument(f"--{section}", type=types[section], default=types[section]())
+        parser.add_class_arguments((kinds | types)[section], section)
     parser.add_argument("--output", type=str | None, default=None, help="the run's folder; null is runs/<recipe name>")
     resume = "auto: continue from the newest intact checkpoint in the output folder, or start if there is none"
     parser.add_argument("--resume", type=Literal["auto"] | None, default=None, help=resume)
@@ -757,29 +952,40 @@ def _parser(kinds: dict[str, type], prog: str) -> ArgumentParser:
     return parser
 
 
-def _overlay_first(argv: list[str], kinds: dict[str, type]) -> list[str]:
-    """Replace ``--overlay NAME`` by its file's content, in front.
+def _overlay(name: str, names: dict[str, str | None]) -> dict[str, Any]:
+    """Read a file of fields.
 
-    Fields of ``objective`` and ``model`` may also stand under the name of the kind they are for, and those of
-    ``coupling`` under the name of an objective, so that one file fits every recipe.
+    Those of the sections in `KINDS` may also stand under the short name that they are for, and those of ``coupling``
+    under that of an objective, so that one file fits every recipe.
     """
-    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    option.add_argument("--overlay", action="append", default=[])
-    named, rest = option.parse_known_args(argv)
-    for name in reversed(named.overlay):
-        overlay = _read(_find(name, RECIPES / "overlays", "overlay"))
-        for section, kind in (("objective", "objective"), ("model", "model"), ("coupling", "objective")):
-            known, values = {"objective": OBJECTIVES, "model": MODELS}[kind], overlay.get(section)
-            if isinstance(values, dict):
-                common = {name: value for name, value in values.items() if name not in known}
-                overlay[section] = common | values.get(kinds[kind].name, {})
-        rest = ["--recipe", yaml.safe_dump(overlay), *rest]
-    return rest
+    overlay = _read(find(name, RECIPES / "overlays", "overlay"))
+    for section, kind in (*zip(KINDS, KINDS, strict=True), ("coupling", "objective")):
+        values, known = overlay.get(section), KINDS[kind][0]
+        if isinstance(values, dict):
+            common = {name: value for name, value in values.items() if name not in known}
+            overlay[section] = common | values.get(names[kind], {})
+    return overlay
+
+
+def _check_flags(argv: list[str], parser: ArgumentParser) -> None:
+    """Refuse flags that are no field: jsonargparse takes any that continues one, as ``--plan.x``."""
+    known = {action.dest for action in parser._actions}
+    free = tuple(f"{name}." for name in known if name.endswith((".init_args", ".options", ".ddp")))
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name not in known and not name.startswith(free):
+            msg = f"--{name}: no such option{_resembling(name, known)}"
+            raise RecipeError(msg)
+
+
+def _resembling(name: str, known: Iterable[str]) -> str:
+    longer = sorted(each for each in known if each.startswith(name))
+    return closest(name, longer) or closest(name, known)
 
 
 def _suggestion(message: str, parser: ArgumentParser) -> str:
     """Offer the field that a mistyped one resembles."""
     group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    option = re.search(r"(?:Option '|arguments: --)([\w.]+)", message)
+    option = re.search(r"Option '([\w.]+)", message)
     word = ".".join(group.groups()) if group else option[1] if option else ""
-    return closest(word, (action.dest for action in parser._actions))
+    return _resembling(word, [action.dest for action in parser._actions]) if word else ""

@@ -23,16 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from couplings.ablation.files import read_idx
 
-from .config import Data, RecipeError
+from .config import HUB, Data, RecipeError
 from .randomness import epoch_order
-
-# Names of hub data sets, and the centred square that is usual for them (CelebA's faces fill 140 of 178 x 218).
-HUB = {
-    "cifar10": ("uoft-cs/cifar10", 32, None),
-    "celeba": ("flwrlabs/celeba", 64, 140),
-    "tiny-imagenet": ("zh-plus/tiny-imagenet", 64, None),
-    "imagenet": ("ILSVRC/imagenet-1k", 256, None),
-}
 
 
 class DataError(Exception):
@@ -430,8 +422,12 @@ def load_source(config: Data) -> Source:
         If it does not fit the recipe.
     """
     kind, _, place = config.source.partition(":")
-    if kind == "digits":
-        source: Source = _digits()
+    if config.class_path is not None:
+        from .own import ItemImages
+
+        source: Source = ItemImages(config)
+    elif kind == "digits":
+        source = _digits()
     elif kind == "photo-crops":
         source = _photo_crops(config.resolution or 32)
     elif kind == "idx":

@@ -35,19 +35,39 @@ from .build import (
     build_objective,
     build_optimizer,
     build_schedule,
-    divide,
 )
-from .config import Recipe, RecipeError
+from .config import Optimizer, Recipe, RecipeError
 from .data import Source, load_source
 from .dataset_pairs import KINDS
-from .models import build_model
+from .models import begin_from, build_model, recompute
 from .objective import Objective
 from .pairs import Block, Pairs
 from .pipelines import say_whose
+from .places import check_output, divide, has_checkpoints
 from .progress import Report, bar
 from .randomness import Draws, address
 
 log = logging.getLogger(__name__)
+
+FREE = {
+    "objective": {"spacing", "clip_sample", "eta", "solver", "tolerance", "sampler", "guidance_scale"}
+    | {"autoencoder_parameters"},
+    "data": {"workers"},
+    "model": {"parameters"},
+    "optimizer": {"lr", "warmup_steps", "schedule", "clip", "betas", "eps", "weight_decay"},
+    "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"}
+    | {
+        "tracker_project",
+        "mixed_precision",
+        "tf32",
+        "gradient_checkpointing",
+        "channels_last",
+        "cudnn_benchmark",
+        "deterministic",
+        "ddp",
+    },
+}
+"""What a run may go on with otherwise than it began: no weight, row or noise has another meaning for it."""
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> Path:
@@ -126,8 +146,10 @@ class Run:
         torch.manual_seed(address(train.seed, 0, 0, 1, "network"))
         self.objective: Objective = build_objective(recipe, self.source)
         self.bare_model = model = build_model(recipe.model, self.objective)
+        if train.init_from is not None and not (recipe.resume and has_checkpoints(recipe.output)):
+            begin_from(train.init_from, model)
         if train.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            recompute(model)
         if train.channels_last:
             model.to(memory_format=torch.channels_last)
         self.objective.attach(model)
@@ -274,11 +296,12 @@ class Run:
     def start(self) -> None:
         """Open the output folder: begin, or continue from the newest intact checkpoint."""
         output, found = self.recipe.output, None
+        check_output(self.recipe)
         if self.recipe.resume:
             found = self._choose_checkpoint()
-        elif checkpoint.steps(self.checkpoints):
-            msg = f"{output} already holds checkpoints: continue with --resume auto, or choose another --output"
-            raise TrainingError(msg)
+            if found is None and self.recipe.train.init_from and has_checkpoints(output):
+                msg = f"no checkpoint in {output} is intact: begin again from train.init_from in another --output"
+                raise TrainingError(msg)
         if found is not None:
             self._check_same_run(found)
             self._restore(found)
@@ -338,29 +361,30 @@ class Run:
         self.pairs.coupling(made_up[:rows], made_up[rows:])
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
-        """Refuse to continue with other settings than the run began with."""
-        free = {
-            "data": {"workers"},
-            "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"}
-            | {"tracker_project"}
-            | {"channels_last", "cudnn_benchmark", "deterministic", "ddp"},
-        }
+        """Refuse to continue as another run than the one that began; say what else is different."""
         now, before = self.recipe.sections(), yaml.safe_load((found.folder / "recipe.yaml").read_text())
+        broken = []
         for section in ("objective", "data", "model", "optimizer", "coupling", "train"):
             for name, value in before[section].items():
-                if name not in free.get(section, ()) and now[section].get(name) != value:
-                    msg = (
-                        f"{section}.{name}: got {now[section].get(name)!r}, but the run in {self.recipe.output} "
-                        f"began with {value!r}; choose another --output"
-                    )
-                    raise TrainingError(msg)
+                if now[section].get(name) == value:
+                    continue
+                if name not in FREE.get(section, ()):
+                    broken.append(f"{section}.{name} {value!r}, not {now[section].get(name)!r}")
+                elif self.accelerator.is_main_process:
+                    log.warning("resumed with %s.%s %r instead of %r", section, name, now[section].get(name), value)
+        if broken:
+            msg = f"the run in {self.recipe.output} began with {'; '.join(broken)}: choose another --output"
+            raise TrainingError(msg)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         # Copied into the existing parameters: the memory that the kernels see stays as it was.
         self.bare_model.load_state_dict(found.tensors("model"))
         self.averages.restore({name: found.tensors(name) for name in self.averages.of}, found.state["ema_step"])
         checkpoint.restore_optimizer(self.optimizer, found.tensors("optimizer"), found.state["optimizer"])
-        if self.scaler.is_enabled():
+        if isinstance(self.recipe.optimizer, Optimizer):
+            for group in self.optimizer.param_groups:  # they may have been changed
+                group.update(self.recipe.optimizer.options())
+        if self.scaler.is_enabled() and found.state["scaler"] is not None:
             self.scaler.load_state_dict(found.state["scaler"])
         for name, network in self.objective.networks().items():
             network.load_state_dict(found.tensors(name))

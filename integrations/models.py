@@ -12,9 +12,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from .config import Adm, ConditionUnet, ConvNext, Mlp, Ncsnpp, RecipeError, Unet
+from . import checkpoint, own
+from .config import Adm, ConditionUnet, ConvNext, Mlp, Ncsnpp, OwnNetwork, RecipeError, Unet
 from .ncsnpp import NcsnppModel
 from .objective import Objective
+from .own_network import OwnModel
 from .small_networks import ConvNextModel, MlpModel
 
 VERSION_1 = (
@@ -28,7 +30,26 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
     """Build the network that a recipe names, for the data of ``objective``.
 
     ``blank`` reads the sizes of a pretrained one only, where its weights do not matter.
+
+    Raises
+    ------
+    RecipeError
+        If there is no such network for this data.
     """
+    channels, side, _ = objective.shape
+    if isinstance(config, OwnNetwork):
+        return own.network(config, objective)
+    config.check_side(side)
+    try:
+        return _build(config, objective, blank)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        msg = f"model: {config.name} cannot be built for images of {channels} x {side} x {side}: {error}"
+        raise RecipeError(" ".join(msg.split())) from error
+
+
+def _build(config: Any, objective: Objective, blank: bool) -> ModelMixin:
     channels, side, _ = objective.shape
     options = dataclasses.asdict(config)
     del options["name"], options["parameters"]
@@ -132,6 +153,50 @@ def _condition_unet(
         attention_head_dim=config.head_channels,
         norm_num_groups=config.norm_groups,
     )
+
+
+def begin_from(path: str, model: nn.Module) -> None:
+    """Begin with the weights that a recipe names.
+
+    Raises
+    ------
+    RecipeError
+        If there are none, or they are another network's.
+    """
+    try:
+        given = checkpoint.weights(Path(path))
+    except checkpoint.CheckpointError as error:
+        msg = f"train.init_from: {error}"
+        raise RecipeError(msg) from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if isinstance(model, OwnModel) and not expected.keys() & given.keys():  # of the network without what wraps it
+        given = {f"network.{name}": value for name, value in given.items()}
+    found = {name: tuple(value.shape) for name, value in given.items()}
+    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    wrong += [f"there is no {name} in the network" for name in found.keys() - expected.keys()]
+    both = expected.keys() & found.keys()
+    wrong += [f"{name} is {found[name]}, not {expected[name]}" for name in both if expected[name] != found[name]]
+    if wrong:
+        further = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        msg = f"train.init_from: {path} does not fit the network: {'; '.join(sorted(wrong)[:3])}{further}"
+        raise RecipeError(msg)
+    model.load_state_dict(given)
+
+
+def recompute(model: nn.Module) -> None:
+    """Recompute activations in the backward pass.
+
+    Raises
+    ------
+    RecipeError
+        If the network cannot.
+    """
+    try:
+        model.enable_gradient_checkpointing()
+    except (AttributeError, ValueError):
+        name = getattr(model.config, "class_path", type(model).__name__)
+        msg = f"train.gradient_checkpointing: got True, expected false: {name} has no gradient checkpointing"
+        raise RecipeError(msg) from None
 
 
 def align(network: nn.Module) -> nn.Module:

@@ -13,9 +13,11 @@ import shutil
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
 from . import class_conditional
 from .objective import Objective
+from .own_network import OwnModel
 
 CARD = """---
 library_name: diffusers
@@ -73,6 +75,8 @@ def save_pipeline(
     source = None if network.__module__.startswith("diffusers.") else Path(inspect.getfile(network))
     if source is not None:
         shutil.copyfile(source, folder / "unet" / source.name)
+    if isinstance(pipeline.unet, OwnModel):
+        _add_source(pipeline.unet, folder / "unet" / source.name)
     if classes is not None or code is not None:
         shutil.copyfile(class_conditional.__file__, folder / "class_conditional.py")
     if classes is not None:
@@ -111,6 +115,16 @@ def save_pipeline(
         lines = [f"from diffusers import {name}\n", f'pipeline = {name}.from_pretrained(".")']
     lines.append(f"images = pipeline({arguments}).images")
     (folder / "README.md").write_text(CARD.format(code="\n".join(lines)))
+
+
+def _add_source(model: OwnModel, wrapper: Path) -> None:
+    """Put the source of a user's network beside the copy of `own_network` that wraps it."""
+    kind = type(model.network)
+    source = Path(inspect.getfile(kind))
+    for path in (source, *map(Path, get_relative_import_files(source))):
+        shutil.copyfile(path, wrapper.parent / path.name)
+    line = f"from .{source.stem} import {kind.__name__}  # noqa: E402\n\nOwnModel.kind = {kind.__name__}\n"
+    wrapper.write_text(f"{wrapper.read_text()}\n\n{line}")
 
 
 def say_whose(folder: Path, run: str, step: int, decay: float) -> None:

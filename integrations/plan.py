@@ -19,12 +19,13 @@ import yaml
 from torch import nn
 
 from . import lpips
-from .build import build_coupling, build_objective, candidates, divide
-from .config import LAUNCH, Consistency, Recipe, RecipeError, StableDiffusion
-from .data import HUB, load_source
+from .build import build_coupling, build_objective, candidates
+from .config import HUB, Consistency, Data, Recipe, RecipeError, StableDiffusion
+from .data import load_source
 from .features import inception_path
 from .models import build_model
 from .objective import Objective
+from .places import divide, launch_file
 
 # Rows and classes by the data sets' cards.
 KNOWN = {
@@ -109,14 +110,9 @@ def launch(recipe: Recipe) -> tuple[Path | None, dict[str, Any]]:
     RecipeError
         If there is none of that name.
     """
-    name = recipe.launch.config
-    if name is None:
-        return None, {"num_machines": 1, "num_processes": 1}
-    path = next((p for p in (Path(name), LAUNCH / f"{name}.yaml", LAUNCH / name) if p.is_file()), None)
+    path = launch_file(recipe.launch.config)
     if path is None:
-        known = sorted(p.stem for p in LAUNCH.glob("*.yaml"))
-        msg = f"launch.config: got {name!r}, expected an accelerate configuration file or one of {', '.join(known)}"
-        raise RecipeError(msg)
+        return None, {"num_machines": 1, "num_processes": 1}
     return path, yaml.safe_load(path.read_text())
 
 
@@ -140,9 +136,10 @@ def expect(recipe: Recipe) -> Expected:
     """Tell what a recipe's data is, opening nothing that is not on this machine for certain."""
     data = recipe.data
     kind, _, place = data.source.partition(":")
-    if kind in ("digits", "photo-crops", "idx"):
+    if kind in ("digits", "photo-crops", "idx") or data.class_path is not None:
         source = load_source(data)
-        where = "ships with scikit-learn and scikit-image" if kind != "idx" else f"folder {place}"
+        where = f"folder {place}" if kind == "idx" else "ships with scikit-learn and scikit-image"
+        where = where if data.class_path is None else "a class"
         return Expected(source.shape, source.classes, len(source), f"{data.source}: {len(source):,} rows, {where}")
     name, side, _ = HUB.get(kind, (place, None, None))
     side = data.resolution or side
@@ -151,6 +148,8 @@ def expect(recipe: Recipe) -> Expected:
         raise RecipeError(msg)
     splits, classes = KNOWN.get(kind, ({}, getattr(recipe.model, "classes", None) or 2))
     rows = splits.get(data.split, data.rows)
+    if kind in ("folder", "hub") and Path(place).is_dir():
+        rows, classes = _counted(data, kind, Path(place)) or (rows, classes)
     if rows is not None and data.subset_fraction < 1:
         rows = max(1, round(data.subset_fraction * rows))
     local = kind == "folder" or Path(name).exists()
@@ -160,6 +159,21 @@ def expect(recipe: Recipe) -> Expected:
         count += f" ({data.subset_fraction:.0%}, drawn with seed {data.subset_seed})"
     shape = (1 if data.mode == "L" else 3, side, side)
     return Expected(shape, [str(i) for i in range(classes)], rows, f"{data.source}: {count}, {where}")
+
+
+def _counted(data: Data, kind: str, place: Path) -> tuple[int, int] | None:
+    """Count the images in a folder and their classes, or the rows of a data set that was saved there, opening none."""
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    if kind == "hub":
+        if not any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return None
+        table = datasets.load_from_disk(place)
+        return len(table[data.split] if isinstance(table, datasets.DatasetDict) else table), 2
+    files = datasets.load_dataset_builder("imagefolder", data_dir=str(place)).config.data_files["train"]
+    images = [Path(file) for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS]
+    return len(images), len({image.parent for image in images})
 
 
 def _weights(recipe: Recipe) -> dict[str, str]:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from . import config
+from . import config, places
 
 PROG = "python -m integrations.train"
 USAGE = f"""usage: {PROG} RECIPE.yaml [--section.field VALUE ...] [--output FOLDER] [--resume auto]
@@ -30,7 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + ", ".join(config.bundled()))
         raise SystemExit(0 if argv else 2)
-    recipe = config.load_or_exit(argv, PROG)
+    try:
+        recipe = config.load(argv, prog=PROG)
+        if not recipe.plan:
+            places.check(recipe)
+    except config.RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
     # Only now the heavy imports: a mistake in the recipe has been reported already.

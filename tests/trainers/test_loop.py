@@ -26,7 +26,7 @@ from tiny_recipes import TINY, first_block, tiny
 import couplings
 from couplings import couple
 from couplings.assigners import registry
-from integrations import build, checkpoint, config, loop, pairs, termination
+from integrations import build, checkpoint, config, loop, pairs, places, termination
 from integrations.build import build_objective, build_optimizer, build_schedule
 from integrations.data import ArrayImages, load_source, to_signed
 from integrations.models import build_model
@@ -279,14 +279,41 @@ def test_resuming_a_finished_run_changes_nothing(make):
 
 def test_a_run_is_not_overwritten(make):
     loop.train(make("ddim-digits"), progress=False)
-    with pytest.raises(loop.TrainingError, match="--resume auto"):
+    with pytest.raises(config.RecipeError, match="--resume auto"):
         loop.train(make("ddim-digits"), progress=False)
 
 
-def test_a_run_is_not_resumed_with_other_settings(make):
+def test_a_run_is_not_resumed_as_another_one(make):
     loop.train(make("ddim-digits"), progress=False)
-    with pytest.raises(loop.TrainingError, match=r"optimizer.lr: got 0.5, but .* began with 0.001"):
-        loop.train(make("ddim-digits", "--resume", "auto", "--optimizer.lr", "0.5"), progress=False)
+    other = [
+        "--train.seed",
+        "3",
+        "--model.width",
+        "8",
+        "--objective.prediction",
+        "epsilon",
+        "--optimizer.name",
+        "adamw",
+    ]
+    began = r"began with objective.prediction 'v_prediction', not 'epsilon'; model.width 16, not 8; "
+    with pytest.raises(loop.TrainingError, match=began + r"optimizer.name 'adam', not 'adamw'; train.seed 0, not 3: "):
+        loop.train(make("ddim-digits", "--resume", "auto", *other), progress=False)
+
+
+def test_a_run_goes_on_with_what_cannot_break_it(make, caplog):
+    loop.train(make("ddim-digits", "--optimizer.weight_decay", "0.1"), progress=False)
+    changes = {"optimizer.lr": "0.5", "optimizer.betas": "[0.5, 0.6]", "optimizer.warmup_steps": "0"}
+    changes |= {"optimizer.schedule": "constant", "train.mixed_precision": "bf16", "train.steps": "8"}
+    changes |= {"train.checkpoint_every": "1", "data.workers": "1", "objective.eta": "0.5"}
+    options = [argument for field, value in changes.items() for argument in (f"--{field}", value)]
+    output = loop.train(make("ddim-digits", "--resume", "auto", *options), progress=False)
+    assert [step for step, *_ in trace(output)] == list(range(1, 9))
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == 0.5
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("resumed")]
+    assert {line.split()[2] for line in said} == {*changes, "optimizer.weight_decay"}
+    assert "resumed with optimizer.lr 0.5 instead of 0.001" in said
+    [group] = checkpoint.newest(output / "checkpoints").state["optimizer"]["param_groups"]
+    assert (group["betas"], group["weight_decay"]) == ([0.5, 0.6], 0.0)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing"])
@@ -629,7 +656,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch)
 
 def test_blocks_that_do_not_divide_among_the_processes_are_refused_with_the_arithmetic(make):
     with pytest.raises(config.RecipeError, match=r"2 blocks .* 3 processes \(2 / 3 = 0.67\)"):
-        loop.divide(make("ddim-digits"), 3)
+        places.divide(make("ddim-digits"), 3)
 
 
 def test_no_two_blocks_share_random_numbers():

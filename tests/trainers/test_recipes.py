@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from test_loop import assert_same_run, trace
 from tiny_recipes import first_block
 
-from integrations import build, config, loop, measure
+from integrations import build, config, loop, measure, places
 from integrations.models import build_model
 from integrations.plan import count, expect, launch, plan
 
@@ -163,7 +163,7 @@ def test_a_recipe_says_what_was_published(name):
         assert {field: found[section][field] for field in values} == values, section
     devices = PUBLISHED[name][-1]["devices"]
     assert recipe.train.global_batch_size == recipe.train.batch_size_per_device * devices
-    assert build.divide(recipe, devices)[1] == 1
+    assert places.divide(recipe, devices)[1] == 1
 
 
 @pytest.mark.parametrize(("name", "k"), NEAREST.items())

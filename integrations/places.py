@@ -1,0 +1,98 @@
+"""Where a recipe runs: the files, folders and processes that it counts on, looked for before PyTorch loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .config import LAUNCH, Recipe, RecipeError, expect, find
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe whose files and folders are missing.
+
+    Raises
+    ------
+    RecipeError
+        With the field that names what is missing, or an output folder that is taken.
+    """
+    kind, _, place = (recipe.data.source or "").partition(":")
+    folder = kind in ("idx", "folder") or (kind == "hub" and _is_path(place))
+    expect(not folder or Path(place).is_dir(), "data.source", recipe.data.source, "a folder that exists")
+    for section, part in (("objective", "vae"), ("model", "unet")):
+        name = getattr(getattr(recipe, section), "pretrained", None) or ""
+        missing = (Path(name).is_dir() or _is_path(name)) and not (Path(name) / part / "config.json").is_file()
+        expected = f"a pipeline's folder, with {part}/config.json, or a name on the hub"
+        expect(not missing, f"{section}.pretrained", name, expected)
+    features = recipe.evaluate.features
+    known = features in ("classifier", "inception") or Path(features).is_file()
+    expect(known, "evaluate.features", features, "classifier, inception or the path of a classifier.safetensors")
+    launch_file(recipe.launch.config)
+    check_output(recipe)
+    begins = not has_checkpoints(recipe.output)
+    given, potentials = recipe.train.init_from, recipe.coupling.options.get("potentials")
+    expect(not begins or not given or Path(given).exists(), "train.init_from", given, "a file or a folder that exists")
+    planned = recipe.coupling.method == "semidiscrete" and potentials is not None and begins
+    exists = not planned or Path(str(potentials)).is_file()
+    expect(exists, "coupling.options.potentials", potentials, "a file that `couplings fit` wrote")
+    divide(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is no hub name, which has one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def has_checkpoints(output: Path) -> bool:
+    """Whether a run's folder holds checkpoints."""
+    return any((output / "checkpoints").glob("step-*"))
+
+
+def check_output(recipe: Recipe) -> None:
+    """Refuse to begin where another run has been.
+
+    Raises
+    ------
+    RecipeError
+        If there are checkpoints, or the output is no folder.
+    """
+    output = recipe.output
+    expect(output.is_dir() or not output.exists(), "output", str(output), "a folder, or a new one's name")
+    if not recipe.resume and has_checkpoints(output):
+        msg = f"{output} already holds checkpoints: continue with --resume auto, or choose another --output"
+        raise RecipeError(msg)
+
+
+def launch_file(name: str | None) -> Path | None:
+    """Return the path of the accelerate configuration that ``launch.config`` names.
+
+    Raises
+    ------
+    RecipeError
+        If there is none of that name.
+    """
+    try:
+        return None if name is None else find(name, LAUNCH, "accelerate configuration")
+    except RecipeError as error:
+        msg = f"launch.config: got {error}"
+        raise RecipeError(msg) from None
+
+
+def divide(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Return the blocks of a step and how many of them each process accumulates.
+
+    Raises
+    ------
+    RecipeError
+        With the arithmetic, if the blocks do not divide among the processes.
+    """
+    train = recipe.train
+    blocks = train.global_batch_size // train.batch_size_per_device
+    if blocks % processes:
+        msg = (
+            f"train.global_batch_size {train.global_batch_size} = {blocks} blocks of train.batch_size_per_device "
+            f"{train.batch_size_per_device}, which do not divide among {processes} processes ({blocks} / {processes} = "
+            f"{blocks / processes:.2f})"
+        )
+        raise RecipeError(msg)
+    return blocks, blocks // processes
