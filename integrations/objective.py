@@ -158,7 +158,7 @@ class Objective(nn.Module, ABC):
         nothing = torch.full((len(noise),), -1, device=noise.device)
         if isinstance(told, Tensor):
             told = told.to(noise.device)
-        context, scale = self.tell(nothing if told is None else told), self.config.guidance_scale
+        context, scale = self.tell(nothing if told is None else told), getattr(self.config, "guidance_scale", 1.0)
         if scale == 1 or told is None:
             return lambda x, t: model(x, t, **context).sample
         context = {name: torch.cat([silent, context[name]]) for name, silent in self.tell(nothing).items()}

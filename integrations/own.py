@@ -165,7 +165,7 @@ class ItemImages(Images):
                 found = f"item {row} is {tuple(image.shape)}, the first is {self.shape}"
                 msg = f"{self.config.class_path}: {found}: set data.resolution"
                 raise DataError(msg)
-        return Batch(torch.stack(images), torch.tensor([int(label or 0) for label in labels]), [])
+        return Batch(torch.stack(images), torch.tensor([int(label or 0) for label in labels]), [], {})
 
     def _item(self, row: int) -> tuple[Tensor, int | None]:
         item = self.items[row]

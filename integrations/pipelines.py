@@ -81,7 +81,9 @@ def save_pipeline(
         shutil.copyfile(class_conditional.__file__, folder / "class_conditional.py")
     if classes is not None:
         labels = list(range(min(classes, 4)))
-        arguments = f"class_labels={labels}, guidance_scale={objective.config.guidance_scale}, {arguments}"
+        arguments = (
+            f"class_labels={labels}, guidance_scale={getattr(objective.config, 'guidance_scale', 1.0)}, {arguments}"
+        )
     elif name != "StableDiffusionPipeline":
         arguments = f"batch_size=4, {arguments}"
     if code is not None:
