@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .config import Consistency
@@ -167,13 +168,16 @@ class ConsistencyObjective(Objective):
         self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
     ) -> Tensor:
         """Denoise in one step, or denoise and add noise back ``steps - 1`` times in between."""
-        scheduler = self.scheduler()
+        config, scheduler = self.config, self.scheduler()
         scheduler.set_timesteps(steps, device=noise.device)
-        x, ask = self.config.sigma_max * noise, self.guided(model, noise, told)
-        for t in scheduler.timesteps:
-            prediction = ask(scheduler.scale_model_input(x, t), t.float())
-            x = scheduler.step(prediction, t, x, generator=generator).prev_sample
-        return x.clamp(-1, 1)
+        x, ask = config.sigma_max * noise, self.guided(model, noise, told)
+        for t, sigma, cleaner in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+            c_skip, c_out, c_in = scalings(config, sigma)
+            x = (c_skip * x + c_out * ask(c_in * x, t.float())).clamp(-1, 1)
+            first = config.multistep_noise == "first"
+            added = noise if first else randn_tensor(noise.shape, generator, noise.device, noise.dtype)
+            x = x + (cleaner.clamp(config.sigma_min) ** 2 - config.sigma_min**2).sqrt() * added
+        return x
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``ConsistencyModelPipeline.from_pretrained``."""

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 FREE = {
     "objective": {"spacing", "clip_sample", "eta", "solver", "tolerance", "sampler", "guidance_scale"}
-    | {"autoencoder_parameters"},
+    | {"autoencoder_parameters", "multistep_noise"},
     "data": {"workers"},
     "model": {"parameters"},
     "optimizer": {"lr", "warmup_steps", "schedule", "clip", "betas", "eps", "weight_decay"},

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -149,6 +151,21 @@ def test_the_target_follows_with_the_decay_of_the_step():
     objective.after_step(model, 1)
     for old, average in zip(before, objective.target.parameters(), strict=True):
         torch.testing.assert_close(average, old + 1 - 0.81)
+
+
+def test_the_first_noise_can_be_added_again_between_sampling_steps():
+    _, noise = blocks(4)
+    model, objective = network(), ConsistencyObjective(dataclasses.replace(ICT, multistep_noise="first"), (1, 4, 4))
+    scheduler, x = objective.scheduler(), ICT.sigma_max * noise
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for sigma, cleaner in itertools.pairwise(scheduler.sigmas):
+            x = objective.denoise(model, x, sigma.expand(4))
+            x += math.sqrt(max(float(cleaner), ICT.sigma_min) ** 2 - ICT.sigma_min**2) * noise
+        drawn = [objective.sample(model, noise, 3, torch.Generator().manual_seed(seed)) for seed in range(2)]
+    torch.testing.assert_close(drawn[0], x.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], ConsistencyObjective(ICT, (1, 4, 4)).sample(model, noise, 3).detach())
 
 
 def test_both_sides_see_the_same_dropout():
