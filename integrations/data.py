@@ -126,7 +126,7 @@ class Source(ABC):
 
     def scan(self, size: int, workers: int = 0, rows: range | None = None) -> Iterator[Batch]:
         """Yield all rows, or some neighbouring ones, in order, ``size`` at a time."""
-        rows = rows or range(len(self))
+        rows = range(len(self)) if rows is None else rows
         starts = range(rows.start, rows.stop, size)
         return self.blocks([Piece(0, i, min(i + size, rows.stop)) for i in starts], None, workers)
 

@@ -63,8 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     for column in ("sampling steps", "fid", "kid"):
         table.add_column(column, justify="right")
-    for steps in track(section.steps, "evaluating", console=Console(stderr=True), disable=not first):
-        found = scores(measure.draw(trained, section.samples, steps), measure.share(section.samples).start)
+    rows = measure.share(section.samples)
+    bar = {"total": -(-len(rows) // section.batch_size), "console": Console(stderr=True), "disable": not first}
+    for steps in section.steps:
+        found = scores(track(measure.draw(trained, section.samples, steps), f"{steps} steps", **bar), rows.start)
         if not first:
             continue
         record = {
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         with output.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        table.add_row(str(steps), f"{found['fid']:.2f}", f"{found['kid']:.4f} ± {found['kid_std']:.4f}")
+        table.add_row(str(steps), f"{found['fid']:.2f}", f"{found['kid']:.4g} ± {found['kid_std']:.2g}")
     if first:
         Console().print(table)
 

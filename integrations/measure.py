@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 KID_IMAGES = 10_000
 """Features are kept for the kernel distance, unlike for the Frechet distance: of so many images at most."""
+_REFERENCE = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
 
 @dataclass
@@ -275,23 +276,20 @@ class Scores:
     def _write(self, path: Path) -> None:
         """Keep the reference in a file; collective."""
         _join_lists(self.kid)
-        metrics = [metric for metric in (self.fid, self.kid) if metric is not None]
-        for metric in metrics:
-            metric.sync()
-        if _is_first():
-            tensors = {name: getattr(self.fid, name) for name in _REFERENCE}
-            if self.kid is not None:
+        with self.fid.sync_context():
+            tensors = {name: getattr(self.fid, name).clone() for name in _REFERENCE}
+        if self.kid is not None:
+            with self.kid.sync_context():
                 tensors["kept"] = torch.cat(self.kid.real_features).float()  # as the networks compute them
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(f".{os.getpid()}")
-                save_file(tensors, partial)
-                partial.replace(path)
-            except (OSError, SafetensorError) as error:
-                log.warning("cannot keep statistics of the data in %s: %s", path, error)
-        for metric in metrics:
-            if metric._is_synced:
-                metric.unsync()
+        if not _is_first():
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            save_file(tensors, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            log.warning("cannot keep statistics of the data in %s: %s", path, error)
 
     def __call__(self, batches: Iterable[Tensor], first: int = 0) -> dict[str, float]:
         """Return ``fid`` and, if asked for, ``kid`` and ``kid_std`` of all images in ``batches``.
@@ -322,9 +320,6 @@ class Scores:
             scores |= {"kid": mean.item(), "kid_std": deviation.item()}
             self.kid.reset()
         return scores
-
-
-_REFERENCE = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
 
 def cache_folder() -> Path:

@@ -18,7 +18,8 @@ recipe.yaml, metrics.jsonl, checkpoints/step-<N>/, samples/ and, at the end, pip
 
   RECIPE.yaml --help     every field of that recipe, with its meaning, type and default
   --resume auto          continue from the newest intact checkpoint, or start if there is none
-  --overlay smoke        in small, to try the machinery on a CPU; or a file of fields of your own
+  --overlay smoke        in small, to try the machinery on a CPU; nearest: of several noises for each row, in the place
+                         of an assignment; or a file of fields of your own
   --plan                 print sizes, memory, cost and the launch line of the recipe's machines, and do not train
 
 RECIPE.yaml is a file or one of the bundled recipes: """

@@ -7,7 +7,7 @@ from test_loop import CT, UNET, assert_same_run, trace
 from tiny_recipes import TINY, first_block
 
 from couplings.ahead import _side_stream
-from integrations import build, checkpoint, config, loop
+from integrations import build, checkpoint, config, loop, measure
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,6 +176,16 @@ def test_channels_last_reaches_the_convolutions(make_unet, monkeypatch):
     run.train_step(next(run.pairs.steps(0, 1)).blocks)
     assert formats
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in formats if min(out.shape) > 1)
+
+
+def test_samples_in_fp16_follow_those_in_float32(make):
+    output = train(make("ddim-digits", "--train.mixed_precision", "fp16"))
+    exact, rounded = (
+        torch.cat(list(measure.draw(measure.load_trained(output, ["--evaluate.mixed_precision", asked]), 16, 2)))
+        for asked in ("no", "fp16")
+    )
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.05)
 
 
 def test_pairs_come_from_the_one_stream_of_background_work(make):

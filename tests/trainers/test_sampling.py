@@ -153,7 +153,7 @@ def test_two_processes_share_the_samples_and_measure_what_one_does(make, tmp_pat
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(120)
     assert [child.exitcode for child in children] == [0, 0]
     (one,), *others = (lines(tmp_path / name) for name in ("one.jsonl", "scanned", "kept"))
     for (other,) in others:
