@@ -90,8 +90,9 @@ def test_commands_of_a_page_are_understood(page):
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), words
 
 
-def test_recipes_of_a_page_are_recipes(tmp_path):
-    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["training", "train-conditional"])
+def test_recipes_of_a_page_are_recipes(tmp_path, page):
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
     assert found
     for text in found:
         path = tmp_path / "own.yaml"

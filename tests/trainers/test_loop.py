@@ -593,6 +593,7 @@ def train_with_two_processes(recipe, processes):
     assert [child.exitcode for child in children] == [0, 0]
 
 
+KEPT = ["--data.latents", "cache", "--data.subset_fraction", "0.1"]
 DDP = ["--train.ddp.bucket_cap_mb", "1", "--train.ddp.broadcast_buffers", "false"]
 
 
@@ -603,7 +604,7 @@ DDP = ["--train.ddp.bucket_cap_mb", "1", "--train.ddp.broadcast_buffers", "false
         ("flow-matching-digits", ["--coupling.scope", "global", "--train.further_ema_decays", "[0.5]"]),
         ("flow-matching-digits", ["--coupling.scope", "global", "--coupling.window", "3", *DDP]),
         ("consistency-digits", ["--coupling.scope", "global", "--optimizer.lr", "1e-4"]),
-        ("stable-diffusion-digits", ["--data.latents", "cache", "--data.flip", "true"]),
+        ("stable-diffusion-digits", [*KEPT, "--data.flip", "true"]),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, processes, name, options):
