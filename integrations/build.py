@@ -170,7 +170,8 @@ def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> O
         If the images do not fit it.
     """
     if isinstance(recipe.objective, Own):
-        return own.objective(recipe.objective, source.shape, _told_classes(recipe, source))
+        given = {"config": recipe.objective, "shape": source.shape, "classes": _told_classes(recipe, source)}
+        return own.construct("objective", recipe.objective, Objective, **given)
     if recipe.objective.name == "stable_diffusion":
         from .stable_diffusion import StableDiffusionObjective  # transformers takes seconds to import
 
