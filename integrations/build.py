@@ -190,6 +190,7 @@ def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> O
         msg = f"model.classes: got {known}, but {recipe.data.source} has {found} classes: expected no fewer, or null"
         raise RecipeError(msg)
     if isinstance(recipe.objective, Own):
-        return own.objective(recipe.objective, source.shape, known)
+        given = {"config": recipe.objective, "shape": source.shape, "classes": known}
+        return own.construct("objective", recipe.objective, Objective, **given)
     kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
     return kinds[recipe.objective.name](recipe.objective, source.shape, known)

@@ -595,12 +595,10 @@ class CouplingSection:
 
     def __post_init__(self) -> None:
         _at_least(1, "coupling", self, "window")
-        told = self.method
-        self.method, *words = re.split(r":(?=[^:]*=)", told)  # a name may hold a colon itself
-        for word in words:
-            name, _, value = word.partition("=")
+        told, (self.method, options) = self.method, split_method(self.method)
+        for name in options:
             expect(name not in self.options, "coupling.method", told, f"{name} here or in coupling.options, once")
-            self.options = {**self.options, name: _plain(value)}
+        self.options = {**self.options, **options}
         if self.method not in DATASET_METHODS:
             self._check_names()
             return
@@ -635,12 +633,20 @@ class CouplingSection:
         expect(fits, "coupling.method", self.method, expected)
 
 
-def _plain(text: str) -> bool | int | float | str | None:
-    constants = {"true": True, "false": False, "none": None, "null": None}
-    for read in (int, float, constants.__getitem__):
-        with suppress(ValueError, KeyError):
-            return read(text.strip().lower())
-    return text.strip()
+def split_method(text: str) -> tuple[str, dict[str, bool | int | float | str | None]]:
+    """Read ``name:option=value:option=value`` as couplings does, without PyTorch."""
+    name, *words = re.split(r":(?=[^:]*=)", text)  # a name may hold a colon itself
+    options: dict[str, Any] = {}
+    for word in words:
+        option, _, value = map(str.strip, word.partition("="))
+        expect(bool(option) and option not in options, "coupling.method", text, "every option once, as name=value")
+        options[option] = value
+        constants = {"true": True, "false": False, "none": None, "null": None}
+        for read in (int, float, constants.__getitem__):
+            with suppress(ValueError, KeyError):
+                options[option] = read(value.lower())
+                break
+    return name.strip(), options
 
 
 @dataclass
@@ -840,7 +846,7 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
     RecipeError
         For an unknown field, a value of the wrong type or an impossible combination.
     """
-    path = find(argv[0], RECIPES, "recipe")
+    path = _find(argv[0], RECIPES, "recipe")
     try:
         raw = _read(path)
         asked, rest = _asked(argv[1:])
@@ -862,14 +868,8 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
         raise RecipeError(msg) from None
 
 
-def find(name: str, folder: Path, what: str) -> Path:
-    """Find a file by its path, or by the bare name of a bundled one.
-
-    Raises
-    ------
-    RecipeError
-        If there is none.
-    """
+def _find(name: str, folder: Path, what: str) -> Path:
+    """Find a file by its path, or by the bare name of a bundled one."""
     for path in (Path(name), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -961,7 +961,7 @@ def _overlay(name: str, names: dict[str, str | None]) -> dict[str, Any]:
     Those of the sections in `KINDS` may also stand under the short name that they are for, and those of ``coupling``
     under that of an objective, so that one file fits every recipe.
     """
-    overlay = _read(find(name, RECIPES / "overlays", "overlay"))
+    overlay = _read(_find(name, RECIPES / "overlays", "overlay"))
     for section, kind in (*zip(KINDS, KINDS, strict=True), ("coupling", "objective")):
         values, known = overlay.get(section), KINDS[kind][0]
         if isinstance(values, dict):

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from couplings.ablation.files import read_idx
 
 from .config import HUB, Data, RecipeError
+from .own import construct
 from .randomness import epoch_order
 
 
@@ -411,6 +412,58 @@ class Subset(Images):
         return self.source[self.rows[torch.as_tensor(rows)].tolist()]
 
 
+class ItemImages(Images):
+    """A map-style data set of images, or of pairs of an image and a label.
+
+    Parameters
+    ----------
+    config : Data
+        Names the class of the data set, and how to cut and scale its images.
+
+    Raises
+    ------
+    RecipeError
+        If it cannot be built, or its labels have no names.
+    DataError
+        If an item is no image.
+    """
+
+    def __init__(self, config: Data) -> None:
+        self.config, self.items = config, construct("data", config, Dataset)
+        image, label = self._item(0)
+        self.shape = tuple(image.shape)
+        self.classes = [str(name) for name in getattr(self.items, "classes", [])] or [""]
+        if label is not None and self.classes == [""]:
+            msg = f"data.class_path: {config.class_path} has labels, expected an attribute classes with their names too"
+            raise RecipeError(msg)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        images, labels = zip(*map(self._item, rows), strict=True)
+        for row, image in zip(rows, images, strict=True):
+            if image.shape != self.shape:
+                found = f"item {row} is {tuple(image.shape)}, the first is {self.shape}"
+                msg = f"{self.config.class_path}: {found}: set data.resolution"
+                raise DataError(msg)
+        return Batch(torch.stack(images), torch.tensor([int(label or 0) for label in labels]), [], {})
+
+    def _item(self, row: int) -> tuple[Tensor, int | None]:
+        item = self.items[row]
+        image, label = (item[0], item[1]) if isinstance(item, tuple | list) else (item, None)
+        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+            image = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            found = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}".strip()
+            expected = "an image of PIL, a uint8 array (h, w) or (h, w, c), or a uint8 tensor (c, h, w)"
+            msg = f"data.class_path: {self.config.class_path}: item {row} is {found}, expected {expected}"
+            raise DataError(msg)
+        return square(image if image.mode in ("L", "RGB") else image.convert("RGB"), self.config), label
+
+
 def load_source(config: Data) -> Source:
     """Open the source that a recipe names.
 
@@ -423,8 +476,6 @@ def load_source(config: Data) -> Source:
     """
     kind, _, place = config.source.partition(":")
     if config.class_path is not None:
-        from .own import ItemImages
-
         source: Source = ItemImages(config)
     elif kind == "digits":
         source = _digits()

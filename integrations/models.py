@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
@@ -38,7 +39,7 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
     """
     channels, side, _ = objective.shape
     if isinstance(config, OwnNetwork):
-        return own.network(config, objective)
+        return _own_network(config, objective)
     config.check_side(side)
     try:
         return _build(config, objective, blank)
@@ -100,6 +101,30 @@ def _build(config: Any, objective: Objective, blank: bool) -> ModelMixin:
         norm_eps=1e-6,
     )
     return start_at_zero(network)
+
+
+def _own_network(config: OwnNetwork, objective: Objective) -> ModelMixin:
+    """Build a network for the data of an objective: one of diffusers as it is, any other as an `OwnModel`."""
+    channels, side, _ = objective.shape
+    sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
+    classes = None if config.classes is None else config.classes + (objective.dropout > 0)
+    told = {"num_class_embeds": classes, "cross_attention_dim": getattr(objective, "caption_width", None)}
+    given = sizes | {name: value for name, value in told.items() if value is not None}
+    model = own.construct("model", config, nn.Module, **given)
+    if not type(model).__module__.startswith("diffusers."):
+        model = OwnModel(config.class_path, config.init_args, **given, network=model)
+    rows = torch.zeros(2, *objective.shape)
+    told = {} if config.classes is None else {"class_labels": torch.zeros(2, dtype=torch.int64)}
+    if "cross_attention_dim" in given:
+        told["encoder_hidden_states"] = torch.zeros(2, 77, given["cross_attention_dim"])
+    called = f"{config.class_path} called as network(x, timesteps{''.join(f', {name}=' for name in told)})"
+    if rows.device.type != "meta":  # where only its sizes matter
+        with torch.no_grad(), own.told(f"model.class_path: {called}"):
+            found = model.eval()(rows, torch.full((2,), 500.0), **told).sample.shape
+        if found != rows.shape:
+            msg = f"model.class_path: {called} gives {tuple(found)} for x of {tuple(rows.shape)}, expected that shape"
+            raise RecipeError(msg)
+    return model.train()
 
 
 def start_at_zero(network: UNet2DModel) -> UNet2DModel:

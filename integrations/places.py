@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
-from .config import LAUNCH, Recipe, RecipeError, expect, find
+from .config import LAUNCH, Recipe, RecipeError, closest, expect
 
 
 def check(recipe: Recipe) -> None:
@@ -16,18 +17,25 @@ def check(recipe: Recipe) -> None:
     RecipeError
         With the field that names what is missing, or an output folder that is taken.
     """
+    for section, part in (("objective", "vae"), ("model", "unet")):
+        name = getattr(getattr(recipe, section), "pretrained", None)
+        local = name is not None and (Path(name).is_dir() or _is_path(name))
+        missing = local and not (Path(name) / part / "config.json").is_file()
+        expected = f"a pipeline's folder, with {part}/config.json, or a name on the hub"
+        expect(not missing, f"{section}.pretrained", name, expected)
+    launch_file(recipe.launch.config)
+    if recipe.plan:  # which needs no more
+        return
     kind, _, place = (recipe.data.source or "").partition(":")
     folder = kind in ("idx", "folder") or (kind == "hub" and _is_path(place))
     expect(not folder or Path(place).is_dir(), "data.source", recipe.data.source, "a folder that exists")
-    for section, part in (("objective", "vae"), ("model", "unet")):
-        name = getattr(getattr(recipe, section), "pretrained", None) or ""
-        missing = (Path(name).is_dir() or _is_path(name)) and not (Path(name) / part / "config.json").is_file()
-        expected = f"a pipeline's folder, with {part}/config.json, or a name on the hub"
-        expect(not missing, f"{section}.pretrained", name, expected)
     features = recipe.evaluate.features
     known = features in ("classifier", "inception") or Path(features).is_file()
     expect(known, "evaluate.features", features, "classifier, inception or the path of a classifier.safetensors")
-    launch_file(recipe.launch.config)
+    tracker = recipe.train.tracker
+    packages = {None: ("torch",), "tensorboard": ("tensorboard", "tensorboardX")}.get(tracker, (tracker,))
+    installed = any(find_spec(package) for package in packages)
+    expect(installed, "train.tracker", tracker, f"null, or what is installed: pip install {tracker}")
     check_output(recipe)
     begins = not has_checkpoints(recipe.output)
     given, potentials = recipe.train.init_from, recipe.coupling.options.get("potentials")
@@ -71,11 +79,12 @@ def launch_file(name: str | None) -> Path | None:
     RecipeError
         If there is none of that name.
     """
-    try:
-        return None if name is None else find(name, LAUNCH, "accelerate configuration")
-    except RecipeError as error:
-        msg = f"launch.config: got {error}"
-        raise RecipeError(msg) from None
+    places = [] if name is None else [Path(name), LAUNCH / name, LAUNCH / f"{name}.yaml"]
+    path = next(filter(Path.is_file, places), None)
+    known = sorted(each.stem for each in LAUNCH.glob("*.yaml"))
+    expected = f"an accelerate configuration file or one of {', '.join(known)}{closest(str(name), known)}"
+    expect(name is None or path is not None, "launch.config", name, expected)
+    return path
 
 
 def divide(recipe: Recipe, processes: int) -> tuple[int, int]:

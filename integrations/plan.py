@@ -179,6 +179,7 @@ def _counted(data: Data, kind: str, place: Path) -> tuple[int, int] | None:
 def _weights(recipe: Recipe) -> dict[str, str]:
     """Return what a run loads besides its data, and whether it is missing here."""
     pretrained = getattr(recipe.model, "pretrained", None)
+    pretrained = pretrained or recipe.train.init_from
     found, files = {"network": pretrained or f"random, from train.seed {recipe.train.seed}"}, {}
     if isinstance(recipe.objective, StableDiffusion):
         found["pretrained"] = f"{recipe.objective.pretrained}: autoencoder, text encoder and tokenizer"

@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if argv else 2)
     try:
         recipe = config.load(argv, prog=PROG)
-        if not recipe.plan:
-            places.check(recipe)
+        places.check(recipe)
     except config.RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

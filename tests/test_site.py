@@ -77,8 +77,11 @@ def environment():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=name)
-def test_commands_of_a_page_are_understood(page):
+def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch):
     from couplings.cli import app
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_nets.py").touch()  # the reader's
 
     ours = {command.name or command.callback.__name__ for command in app.registered_commands}
     for words in commands(page):
@@ -91,7 +94,9 @@ def test_commands_of_a_page_are_understood(page):
 
 
 @pytest.mark.parametrize("page", ["training", "train-conditional"])
-def test_recipes_of_a_page_are_recipes(tmp_path, page):
+def test_recipes_of_a_page_are_recipes(tmp_path, monkeypatch, page):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_nets.py").touch()  # the reader's
     found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
     assert found
     for text in found:

@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
+import couplings
+from couplings.ablation.grid import read_method
+from couplings.assigners import registry
 from integrations import config, demo
+from integrations.config import split_method
 
 
 @pytest.mark.parametrize(
@@ -63,14 +67,105 @@ def test_a_recipe_survives_being_written_and_read(tmp_path, name):
     assert config.load([str(path)]).sections() == recipe.sections()
 
 
-def test_a_bad_recipe_is_refused_before_torch_loads():
-    code = (
-        "import sys; from integrations.train import main\n"
-        "try: main(['ddim-digits', '--train.stepz', '3'])\n"
-        "except SystemExit as end: assert end.code == 2\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+EARLY = {
+    "--train.stepz 3": "--train.stepz: no such option (did you mean 'train.steps'?)",
+    "--coupling.method aucton": "coupling.method: got 'aucton', expected .*did you mean 'auction'",
+    "--coupling.method my_methods:pair": "coupling.method: got 'my_methods:pair', expected .*no module 'my_methods'",
+    "--coupling.metric l3": "coupling.metric: got 'l3', expected one of sqeuclidean",
+    "--coupling.quantize fp4": "coupling.quantize: got 'fp4'.*fp16",
+    "--data.source folder:nowhere": "data.source: got 'folder:nowhere', expected a folder that exists",
+    "--data.source idx:nowhere": "data.source: got 'idx:nowhere', expected a folder that exists",
+    "--data.source hub:./nowhere": "data.source: got 'hub:./nowhere', expected a folder that exists",
+    "--data.class_path nowhere.Images": "data.class_path: got .*no module 'nowhere'",
+    "--model.class_path nowhere.Net": "model.class_path: got .*no module 'nowhere'",
+    "--model.name convnext --model.patch_size 3": "model.patch_size: got 3, expected a divisor of the images' 8 pixels",
+    "--model.name unet --model.channels [32,32,32,32,32] --model.attention [false,false,false,false,false]": (
+        "data.resolution: got 8, expected a multiple of 16: the network halves the images 4 times"
+    ),
+    "--train.init_from nowhere": "train.init_from: got 'nowhere', expected a file or a folder that exists",
+    "--coupling.method semidiscrete --coupling.options.potentials no.safetensors": "coupling.options.potentials: got",
+    "--evaluate.features no.safetensors": "evaluate.features: got 'no.safetensors', expected classifier, inception or",
+    "--launch.config 3-a5000": "launch.config: got '3-a5000', expected an accelerate configuration file or one of",
+    "--output pyproject.toml": "output: got 'pyproject.toml', expected a folder, or a new one's name",
+    "--output {taken}": "already holds checkpoints: continue with --resume auto, or choose another --output",
+    "--objective.name stable_diffusion --objective.pretrained ./nowhere --model.name condition_unet": (
+        "objective.pretrained: got './nowhere', expected a pipeline's folder, with vae/config.json"
+    ),
+}
+ONE_BY_ONE = """
+import sys
+from integrations.train import main
+for line in sys.stdin.read().splitlines():
+    try: main(["ddim-digits", "--train.tracker", "null", *line.split(" ")])
+    except SystemExit as end: assert end.code == 2
+assert not {"torch", "numpy", "accelerate"} & set(sys.modules)
+"""
+
+
+def test_what_can_be_known_to_be_wrong_is_refused_before_torch_loads(tmp_path):
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    lines = "\n".join(EARLY).replace("{taken}", str(tmp_path))
+    command = [sys.executable, "-c", ONE_BY_ONE]
+    found = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    said = found.stderr.splitlines()
+    assert len(said) == len(EARLY)
+    for line, expected in zip(said, EARLY.values(), strict=True):
+        assert line.startswith("error: ")
+        assert expected in line or re.search(expected, line), line
+
+
+def test_the_names_that_are_known_before_couplings_loads_are_its_names():
+    assert sorted(config.METHODS) == sorted([*(info.name for info in couplings.methods()), *registry.ALIASES])
+    assert list(config.METRICS) == couplings.metrics()
+    assert list(config.QUANTIZERS) == couplings.quantizers()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["auction", "nearest:k=4", "sinkhorn:reg=1e-1:draw=rows", "my.methods:pair:on=true:of=None", "a:b: c = 0.5 "],
+)
+def test_a_method_with_its_options_is_written_as_couplings_reads_it(text):
+    assert split_method(text) == read_method(text)
+
+
+def test_options_of_a_coupling_are_given_in_its_name_or_beside_it():
+    both = [
+        config.load(["flow-matching-digits", *options]).coupling
+        for options in (
+            ["--coupling.method", "nearest:k=8:score=dot"],
+            ["--coupling.method", "nearest:k=8", "--coupling.options.score", "dot"],
+            ["--coupling.method", "nearest", "--coupling.options", "{k: 8, score: dot}"],
+        )
+    ]
+    assert both[0] == both[1] == both[2]
+    assert (both[0].method, both[0].options) == ("nearest", {"k": 8, "score": "dot"})
+    twice = ["--coupling.method", "nearest:k=8", "--coupling.options.k", "4"]
+    with pytest.raises(config.RecipeError, match=r"coupling.method: got 'nearest:k=8', expected k here or in .*, once"):
+        config.load(["flow-matching-digits", *twice])
+    # What the recipe says of another method does not stay.
+    assert config.load(["nearest-digits", "--coupling.method", "independent"]).coupling.options == {}
+    assert config.load(["nearest-digits", "--coupling.method", "nearest:k=2"]).coupling.options == {"k": 2}
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--train.step", "train.steps"),
+        ("--optimizer.l", "optimizer.lr"),
+        ("--output.x", "output"),
+        ("--plan.x", "plan"),
+        ("--resum", "resume"),
+        ("--train.steps.x", "train.steps"),
+        ("--data.source.x", "data.source"),
+        ("--coupling.option.k", "coupling.options"),
+        ("--model.init_args.width", "model.width"),
+    ],
+)
+def test_a_flag_that_is_no_field_is_refused_with_the_one_that_is_meant(flag, meant):
+    words = [f"{flag}=3"] if "." in flag else [flag, "3"]
+    with pytest.raises(config.RecipeError, match=rf"{flag}: no such option \(did you mean '{meant}'\?\)"):
+        config.load(["ddim-digits", *words])
 
 
 def test_help_shows_every_field_with_its_meaning_and_default(capsys):

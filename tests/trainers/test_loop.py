@@ -306,6 +306,7 @@ def test_a_run_goes_on_with_what_cannot_break_it(make, caplog):
     changes |= {"optimizer.schedule": "constant", "train.mixed_precision": "bf16", "train.steps": "8"}
     changes |= {"train.checkpoint_every": "1", "data.workers": "1", "objective.eta": "0.5"}
     options = [argument for field, value in changes.items() for argument in (f"--{field}", value)]
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
     output = loop.train(make("ddim-digits", "--resume", "auto", *options), progress=False)
     assert [step for step, *_ in trace(output)] == list(range(1, 9))
     assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == 0.5

@@ -42,6 +42,69 @@ def test_the_published_networks_have_the_published_number_of_parameters(section,
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
+@pytest.mark.parametrize(
+    ("section", "side", "message"),
+    [
+        (config.Unet(), 28, "data.resolution: got 28, expected a multiple of 8: the network halves the images 3 times"),
+        (config.Ncsnpp(), 30, "data.resolution: got 30, expected a multiple of 4"),
+        (config.Adm(), 20, "data.resolution: got 20, expected a multiple of 8"),
+        (config.ConvNext(patch_size=3), 8, "model.patch_size: got 3, expected a divisor of the images' 8 pixels"),
+        (config.Mlp(width=-1), 8, "model: mlp cannot be built for images of 3 x 8 x 8: "),
+        (config.ConvNext(width=-1), 8, "model: convnext cannot be built for images of 3 x 8 x 8: "),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_images_that_a_network_cannot_take_are_refused_in_a_line(section, side, message):
+    with torch.device("meta"), pytest.raises(config.RecipeError) as error:
+        build_model(section, SimpleNamespace(shape=(3, side, side)))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            config.Unet,
+            {"norm_groups": 48},
+            r"model.norm_groups: got 48, expected a divisor .*\[128, 256, 256, 256\]",
+        ),
+        (config.Ncsnpp, {"channels": 8, "norm_groups": 16}, r"model.norm_groups: got 16, .*\[8, 16, 16, 16\]"),
+        (config.ConditionUnet, {"channels": [8, 20], "norm_groups": 8}, r"model.norm_groups: got 8, .*\[8, 20\]"),
+        (
+            config.ConditionUnet,
+            {"channels": [4, 8], "norm_groups": 4},
+            "model.head_channels: got 8.* at most 4",
+        ),
+        (config.Unet, {"head_channels": 512}, "model.head_channels: got 512, expected at most 256"),
+        (config.Adm, {"head_channels": 0}, "model.head_channels: got 0, expected at most 384"),
+        (config.ConvNext, {"kernel_size": 4}, "model.kernel_size: got 4, expected an odd number"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_refused(kind, options, message):
+    with pytest.raises(config.RecipeError, match=message):
+        kind(**options)
+
+
+DEPTHS = [
+    "channels: [32, 64], attention: [false, true], head_channels: 64",
+    "channels: [32, 32, 32, 32, 32], attention: [false, false, false, false, true], head_channels: 32",
+]
+
+
+@pytest.mark.parametrize("sizes", DEPTHS, ids=["2 levels", "5 levels"])
+@pytest.mark.parametrize("name", ["unet", "adm"])
+def test_the_smoke_overlay_takes_networks_of_any_depth(tmp_path, name, sizes):
+    path = tmp_path / "deep.yaml"
+    data = "data: {source: imagenet, streaming: true}"
+    path.write_text(f"objective: {{name: ddim}}\n{data}\nmodel: {{name: {name}, {sizes}}}\n")
+    config.load([str(path)])
+    recipe = config.load([str(path), "--overlay", "smoke"])
+    model = build_model(recipe.model, SimpleNamespace(shape=(3, recipe.data.side, recipe.data.side)))
+    x = torch.zeros(2, 3, 16, 16)
+    assert model(x, 5.0).sample.shape == x.shape
+
+
 @pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
 def test_networks_take_one_time_or_one_each_and_are_finite_at_negative_times(section):
     model = randomised(section)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 from test_loop import assert_same_run, trace
 from tiny_recipes import first_block
 
@@ -269,6 +270,40 @@ def test_the_memory_of_a_plan_is_arithmetic_on_the_parameters():
     text = plan(config.load([*argv, *further, "--plan"]), argv)
     assert "averages (2)" in text
     assert "DDP buckets" in text
+
+
+def test_a_plan_reads_the_sizes_of_local_networks_and_counts_local_images(make, tmp_path):
+    run = loop.Run(make("stable-diffusion-digits"))
+    run.objective.export(run.bare_model, tmp_path / "pipeline")
+    for number in range(40):
+        path = tmp_path / "images" / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+    (tmp_path / "images" / "0" / "notes.txt").write_text("no image")
+    options = {"objective.pretrained": tmp_path / "pipeline", "model.pretrained": tmp_path / "pipeline"}
+    options |= {"data.source": f"folder:{tmp_path}/images", "data.resolution": 16, "train.global_batch_size": 16}
+    argv = [word for field, value in options.items() for word in (f"--{field}", str(value))]
+    argv = ["stable-diffusion-digits", "--train.batch_size_per_device", "16", *argv, "--plan"]
+    text = plan(config.load(argv), argv)
+    counts = [f"{count(network):,}" for network in (run.bare_model, run.objective.vae, run.objective.text_encoder)]
+    assert f"{counts[0]}; frozen: autoencoder {counts[1]}, text encoder {counts[2]}" in text
+    assert "40 rows" in text
+    assert "100.0 epochs of 2 steps" in text
+
+
+def test_a_plan_of_own_classes_counts_them(tmp_path):
+    argv = [
+        "flow-matching-digits",
+        "--model.class_path",
+        "own_networks.Net",
+        "--data.class_path",
+        "own_classes.Stripes",
+    ]
+    argv += ["--train.batch_size_per_device", "16", "--train.global_batch_size", "16", "--plan"]
+    text = plan(config.load(argv), argv)
+    assert "flow_matching with own_networks.Net, 1 x 8 x 8 images" in text
+    assert "parameters     225" in text  # 8 x 2 x 9 + 8 and 8 x 9 + 1
+    assert "own_classes.Stripes: 64 rows" in text
 
 
 @pytest.mark.parametrize(
