@@ -1,16 +1,22 @@
 # `make demo` and `make test` set up a virtual environment in .venv first; nothing else has to be typed.
 PYTHON ?= python3
-BIN := .venv/bin
+# VERSIONS=oldest or newest: those of constraints-oldest.txt or constraints-newest.txt, in an environment of their own.
+VENV := .venv$(VERSIONS:%=-%)
+CONSTRAINTS := constraints$(VERSIONS:%=-%).txt
+BIN := $(VENV)/bin
+ifdef VERSIONS
+export NUMBA_CACHE_DIR := $(CURDIR)/$(VENV)/numba
+endif
 
 .PHONY: demo docs test test-library test-trainers lint setup clean
 
 # The libraries of the adapters; two of them without what they depend on, which would bring torchvision.
-setup: .venv/.done
+setup: $(VENV)/.done
 
-.venv/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]' einops ema-pytorch pytorch-lightning
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchcfm denoising-diffusion-pytorch
+$(VENV)/.done: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[all]' einops ema-pytorch pytorch-lightning
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps torchcfm denoising-diffusion-pytorch
 	@touch $@
 
 demo: setup
@@ -36,4 +42,4 @@ docs: setup
 	$(BIN)/python -m sphinx -c docs -b html -W --keep-going -q . build/docs
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv .venv-* build dist runs

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, ahead, device, distributed, pools_tables, solver_tables, training_tables
+from . import ablation_tables, ahead, compatibility, device, distributed, pools_tables, solver_tables, training_tables
 from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 
@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **ablation_tables.TABLES,
     **distributed.TABLES,
     **ahead.TABLES,
+    **compatibility.TABLES,
     **device.TABLES,
     **pools_tables.TABLES,
     **published_tables.TABLES,

@@ -373,7 +373,7 @@ class Lookahead:
             return _Window([], state, exhausted)
         data = [self._on_device(self._data(batch)) for batch in read]
         # A generator for each window: what is drawn does not depend on what was read before.
-        seed = int(np.random.SeedSequence([self.seed, self._epoch, number]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence([self.seed, self._epoch, number]).generate_state(1, np.uint64)[0]) >> 1
         device = data[0].device
         generator = torch.Generator(device).manual_seed(seed)
         choices = torch.Generator().manual_seed(seed)  # of methods that draw, the same on every device

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -563,7 +563,8 @@ def _progress(console: Console, unit: str = "") -> Iterator[Callable[[float, str
     count, title = TextColumn("{task.description}"), TextColumn("{task.fields[title]}", style="dim")
     columns = (BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn(), title)
     hidden, ever = not console.is_terminal, 1e9
-    with Progress(*columns, console=console, transient=True, disable=hidden, speed_estimate_period=ever) as bar:
+    bar = Progress(*columns, console=console, transient=True, speed_estimate_period=ever)
+    with nullcontext() if hidden else bar:
         task = bar.add_task("", total=1.0, title="starting")
         said = time.monotonic()
 

@@ -25,7 +25,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "SECURITY.md",
 ]
-exclude_patterns = ["build", "dist", "runs", ".venv", ".git", "**/.*", "**/__pycache__", "couplings", "tests"]
+exclude_patterns = ["build", "dist", "runs", ".venv*", ".git", "**/.*", "**/__pycache__", "couplings", "tests"]
 myst_enable_extensions = ["colon_fence", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
 

@@ -135,6 +135,8 @@ class ConsistencyObjective(Objective):
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             teacher = model if self.target is None else self.target
             target = self.denoise(teacher, mixed.cleaner, mixed.sigma_cleaner, **context)
+        # Rounded weights of the pass without gradient: torch 2.9 would use them again, and train nothing.
+        torch.clear_autocast_cache()
         prediction = self.denoise(model, mixed.noisier, mixed.sigma_noisier, **context)
         return self.distance(prediction, target) * mixed.weight
 

@@ -6,8 +6,7 @@
 ``class_conditional.py`` travels with it.
 """
 
-from __future__ import annotations
-
+# Types are written out, not postponed: diffusers before 0.37 reads those of __init__ as they are.
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor

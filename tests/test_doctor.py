@@ -80,4 +80,5 @@ def test_doctor_refuses_what_is_no_shape(capsys, shape):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_doctor_says_that_there_is_no_such_device(capsys):
     assert main(["doctor", "--device", "cuda"]) == 2
-    assert "CUDA" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "CUDA" in error or "NVIDIA" in error  # as torch says it, built without CUDA or with it

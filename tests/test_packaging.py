@@ -199,10 +199,3 @@ def test_all_is_the_union_of_the_other_extras():
 
 def test_the_core_depends_on_four_packages_alone():
     assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", "numpy", "scipy", "numba"}
-
-
-def test_constraints_pin_what_the_extras_name():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
-    named = {*PROJECT["dependencies"], *(line for name in set(EXTRAS) - {"all", *OUTSIDE_ALL} for line in EXTRAS[name])}
-    assert {canonicalize_name(Requirement(line).name) for line in named} - {"couplings"} <= pinned

@@ -28,7 +28,7 @@ SAVE_EVERY = 60.0  # seconds
 
 def generator(*numbers: int) -> torch.Generator:
     """Make a generator from a seed and the numbers of its stream and of its place there."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
 
 
 class Linear(nn.Module):

@@ -366,7 +366,8 @@ def _origins(found: pd.DataFrame, paths: Sequence[Path]) -> list[Section]:
     environments = pd.DataFrame(runs["environment"].tolist())
     names = environments["devices"].map(lambda devices: ", ".join(device["name"] for device in devices) or "none")
     packages = environments["packages"].map(lambda versions: ", ".join(map(" ".join, sorted(versions.items()))))
-    environments = environments.assign(devices=names, packages=packages).astype(object).fillna("").astype(str)
+    environments = environments.assign(devices=names, packages=packages)
+    environments = environments.map(lambda value: "" if pd.isna(value) else str(value))
     changing = ["commit", "date", "load"]
     alike = environments.groupby([*environments.columns.drop(changing)], sort=False)
     frame = alike[changing].agg(lambda values: ", ".join(values.unique())).reset_index()[environments.columns].T
