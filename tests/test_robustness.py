@@ -1,0 +1,92 @@
+"""What the programs that try to break the library find: nothing in it, and every fault that is planted."""
+
+import numpy as np
+import pytest
+
+from benchmarks.child import Child
+from benchmarks.record import read
+from benchmarks.robustness import PARTS, Outcome, __main__, fuzz
+
+TINY = {"fuzz": 2e-4}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_is_lost(part):
+    outcome = PARTS[part](TINY.get(part, 1e-3))
+    assert outcome.tried > 0
+    assert outcome.lost == 0, outcome.about["lost"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_is_lost_in_a_tenth_of_the_full_size(part):
+    outcome = PARTS[part](0.1)
+    assert outcome.lost == 0, outcome.about["lost"]
+
+
+def test_a_part_is_recorded_once_and_what_it_lost_is_the_exit_code(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def part(share):
+        ran.append(share)
+        return Outcome.of(30, [f"seed {k}" for k in range(25)])
+
+    monkeypatch.setitem(PARTS, "loses", part)
+    here = {"kernels": "abc", "versions": {}, "python": "3"}
+    monkeypatch.setattr(__main__, "environment", lambda **_: here)
+    command = ["loses", "--output", str(tmp_path / "records.jsonl"), "--share"]
+    assert [__main__.main([*command, share]) for share in ("0.5", "0.25", "1.0")] == [1, 1, 1]
+    assert ran == [0.5, 1.0]
+    first, _ = read(tmp_path / "records.jsonl")
+    assert (first["part"], first["share"], first["tried"], first["lost"]) == ("loses", 0.5, 30, 25)
+    assert first["about"]["lost"] == [f"seed {k}" for k in range(20)]
+    assert "loses: on record, 25 of 30 lost" in capsys.readouterr().out
+    here["kernels"] = "abc+"  # sources that are not committed are measured again
+    __main__.main([*command, "0.5"])
+    assert ran == [0.5, 1.0, 0.5]
+
+
+def test_a_wrong_answer_of_a_method_is_lost(monkeypatch):
+    monkeypatch.setattr(fuzz, "ask", lambda *_: ("ok", [0, 0], -np.inf))
+    assert fuzz.solve(1e-4, methods=("solver",), kinds=("normal",)).lost > 0
+
+
+def test_a_method_that_hangs_is_a_failure_and_the_next_one_is_asked(monkeypatch):
+    with Child(fuzz._serve) as child:
+        assert fuzz.ask(child, "solver", 0, ("normal",))[0] == "ok"
+        monkeypatch.setattr(fuzz, "PATIENCE", 0.0)
+        assert fuzz.ask(child, "solver", 1, ("normal",))[:2] == ("failed", "did not finish in 0 s")
+        monkeypatch.setattr(fuzz, "PATIENCE", 60.0)
+        assert fuzz.ask(child, "solver", 1, ("normal",))[0] == "ok"
+
+
+def test_the_fuzzer_tells_wrong_answers_from_right_ones():
+    inf = float("inf")
+    cost = np.array([[1.0, 2.0, inf], [2.0, 1.0, 5.0], [3.0, 9.0, 1.0]])
+    right = ("ok", [0, 1, 2], 3.0)
+    answers = {
+        "right": right,
+        "twice": ("ok", [0, 0, 2], 0.0),
+        "forbidden": ("ok", [2, 1, 0], 0.0),
+        "dear": ("ok", [1, 0, 2], 0.0),
+        "boasts": ("ok", [0, 1, 2], 3.5),
+        "refuses": ("refused", "no", 0.0),
+        "breaks": ("failed", "KeyError", 0.0),
+    }
+    assert fuzz.failures(cost, answers) == {
+        "twice": "repeated column",
+        "forbidden": "forbidden column",
+        "dear": "7e-01 above the optimum",
+        "boasts": "false bound",
+        "breaks": "KeyError",
+    }
+    cost[:, 0] = cost[0] = inf
+    assert fuzz.failures(cost, {"refuses": ("refused", "no", 0.0)}) == {}
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_a_problem_is_the_same_every_time(kind):
+    name, cost = fuzz.problem(3, (kind,))
+    assert name == kind
+    np.testing.assert_array_equal(cost, fuzz.problem(3, (kind,))[1])
