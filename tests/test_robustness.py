@@ -1,13 +1,18 @@
 """What the programs that try to break the library find: nothing in it, and every fault that is planted."""
 
+import dataclasses
+import warnings
+
 import numpy as np
 import pytest
+import torch
 
+import couplings
 from benchmarks.child import Child
 from benchmarks.record import read
-from benchmarks.robustness import PARTS, Outcome, __main__, fuzz
+from benchmarks.robustness import PARTS, Outcome, __main__, calls, fuzz
 
-TINY = {"fuzz": 2e-4}
+TINY = {"fuzz": 2e-4, "calls": 0.02}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -50,6 +55,103 @@ def test_a_part_is_recorded_once_and_what_it_lost_is_the_exit_code(tmp_path, mon
 def test_a_wrong_answer_of_a_method_is_lost(monkeypatch):
     monkeypatch.setattr(fuzz, "ask", lambda *_: ("ok", [0, 0], -np.inf))
     assert fuzz.solve(1e-4, methods=("solver",), kinds=("normal",)).lost > 0
+
+
+def good():
+    return calls.Call(torch.rand(6, 2), torch.randn(6, 2), "auction")
+
+
+def changed(coupled, **fields):
+    return dataclasses.replace(coupled, **fields)
+
+
+def wrong_rows(call):
+    coupled = call.run()
+    return changed(coupled, noise=coupled.noise.flip(0))
+
+
+def wrong_pairs(call):
+    call.noise = call.noise.flip(0)
+    coupled = call.run()
+    call.noise = call.noise.flip(0)
+    return changed(coupled, noise=call.noise[coupled.index])
+
+
+def row_twice(call):
+    index = torch.zeros(6, dtype=torch.int64)
+    return changed(call.run(), noise=call.noise[index], index=index)
+
+
+def wrong_cost(call):
+    coupled = call.run()
+    return changed(coupled, cost=coupled.cost * 1.01)
+
+
+def in_place(call):
+    call.noise += 1
+    return call.run()
+
+
+def with_warning(call):
+    warnings.warn("slow", stacklevel=1)
+    return call.run()
+
+
+def global_draw(call):
+    torch.rand(1)
+    return call.run()
+
+
+def foreign_error(call):
+    return torch.rand(2, 3) @ call.noise
+
+
+def other_type(call):
+    raise KeyError(call.method)
+
+
+def two_lines(call):
+    return couplings.inputs.report_not_finite(torch.ones(1, 1), torch.ones(1, 1), "first\nsecond")
+
+
+def refused(call):
+    return couplings.couple(call.data, call.noise, "none such")
+
+
+@pytest.mark.parametrize(
+    ("run", "what"),
+    [
+        (wrong_rows, "noise[index]"),
+        (wrong_pairs, "and the optimum is"),
+        (row_twice, "no permutation"),
+        (wrong_cost, "it reports"),
+        (in_place, "changed its inputs"),
+        (with_warning, "it warned: slow"),
+        (global_draw, "global random state"),
+        (foreign_error, "RuntimeError from"),
+        (other_type, "KeyError"),
+        (two_lines, "one line"),
+        (refused, "refused what can be coupled"),
+    ],
+)
+def test_a_planted_fault_of_a_call_is_lost(run, what):
+    assert calls.judge(good()) == ("right", "")
+    kind, said = calls.judge(good(), run)
+    assert kind == "lost"
+    assert what in said
+
+
+def test_what_must_be_refused_and_is_answered_is_lost():
+    call = dataclasses.replace(good(), must_fail=["two types"])
+    assert calls.judge(call) == ("lost", "answered in spite of: two types")
+    assert calls.judge(dataclasses.replace(call, method="none such")) == ("refused", "two types")
+
+
+def test_calls_that_are_lost_are_counted_with_their_seeds(monkeypatch):
+    monkeypatch.setattr(calls, "ask", lambda _, seed: ("lost", "hangs") if seed == 3 else ("right", ""))
+    outcome = calls.make_calls(1e-3)
+    assert (outcome.tried, outcome.lost, outcome.about["right"]) == (10, 1, 9)
+    assert outcome.about["lost"][0].startswith("seed 3, ")
 
 
 def test_a_method_that_hangs_is_a_failure_and_the_next_one_is_asked(monkeypatch):
