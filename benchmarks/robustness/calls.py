@@ -14,9 +14,7 @@ import pickle
 import random
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,10 @@ from couplings import Coupled, Coupling, couple
 from couplings.assigners.registry import ALIASES, find
 from couplings.testing.oracles import distances, paired, rows_of, same_bits
 
-from ..child import Child, Ended
-from .trial import Outcome, sized
+from .trial import Outcome, judged, sized
 
 CALLS = 10_000
-PATIENCE = 60.0  # seconds for one call
-START = 300.0  # for imports and compilation
+PATIENCE = 120.0  # seconds for one call, and for what it compiles
 LONGEST = 1000  # letters of an error
 
 LIBRARY = Path(couplings.__file__).parent
@@ -539,40 +535,16 @@ def _wrong_pairs(call: Call, coupled: Coupled[Any], index: Tensor) -> str:
 # --- many of them
 
 
-def _serve(connection: Any) -> None:
-    torch.set_num_threads(1)
-    couplings.warmup()
-    connection.send(None)
-    with suppress(EOFError):  # the one who asked has ended
-        while True:
-            connection.send(judge(make(connection.recv())))
-
-
-def ask(child: Child, seed: int) -> tuple[str, str]:
-    """Let the child make a call, or say why it did not."""
-    try:
-        if not child.running:
-            child.start()
-            child.receive(START)
-        child.send(seed)
-        return child.receive(PATIENCE)
-    except Ended as error:
-        return "lost", str(error)
+def judge_seed(seed: int) -> tuple[str, str]:
+    """Make call number `seed`."""
+    call = make(seed)
+    kind, what = judge(call)
+    return (kind, f"{make(seed)}: {what}") if kind == "lost" else (kind, what)
 
 
 def make_calls(share: float) -> Outcome:
     """Make the first of 10,000 calls; seed and number of a call are the same."""
-    calls, counts, lost = sized(CALLS, share), Counter(), []
-    refused: Counter[str] = Counter()
-    with Child(_serve) as child:
-        for seed in range(calls):
-            kind, what = ask(child, seed)
-            counts[kind] += 1
-            if kind == "refused":
-                refused[what] += 1
-            if kind == "lost":
-                lost.append(f"seed {seed}, {make(seed)}: {what}")
-    return Outcome.of(calls, lost, right=counts["right"], refused=dict(refused.most_common()))
+    return judged(judge_seed, range(sized(CALLS, share)), PATIENCE)
 
 
 PARTS = {"calls": make_calls}
