@@ -437,7 +437,12 @@ class CouplingSection:
             return
         known = DATASET_METHODS[self.method]
         for name, value in self.options.items():
-            expect(name in known, f"coupling.options.{name}", value, f"only {' and '.join(known)} for {self.method}")
+            expect(
+                isinstance(name, str) and name in known,
+                f"coupling.options.{name}",
+                value,
+                f"only {' and '.join(known)} for {self.method}",
+            )
             number = isinstance(value, int | float) and not isinstance(value, bool)
             fits = {
                 "potentials": value is None or isinstance(value, str),
@@ -650,7 +655,7 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
         output = Path(values.output or f"runs/{path.stem}")
         return Recipe(path.stem, **sections, output=output, resume=values.resume == "auto", plan=values.plan)
     except (ArgumentError, RecipeError) as error:
-        message = str(error).strip()
+        message = " ".join(str(error).split())
         msg = f"{path}: {message}{_suggestion(message, parser)}"
         raise RecipeError(msg) from None
 
@@ -677,8 +682,8 @@ def _find(name: str, folder: Path, what: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        msg = f"{path}: not valid YAML: {error}"
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or no such date
+        msg = f"{path}: not valid YAML: {' '.join(str(error).split())}"
         raise RecipeError(msg) from None
     if not isinstance(raw, dict):
         msg = f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
@@ -693,7 +698,7 @@ def _kinds(path: Path) -> dict[str, type]:
         value = raw.get(section)
         name = value.get("name") if isinstance(value, dict) else value
         expected = f"one of {', '.join(known)}{closest(str(name), known)}"
-        expect(name in known, f"{path}: {section}.name", name, expected)
+        expect(isinstance(name, str) and name in known, f"{path}: {section}.name", name, expected)
         kinds[section] = known[name]
     return kinds
 
@@ -720,7 +725,7 @@ def _overlay_first(argv: list[str], kinds: dict[str, type]) -> list[str]:
     Fields of ``objective`` and ``model`` may also stand under the name of the kind they are for, so that one file
     fits every recipe.
     """
-    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     option.add_argument("--overlay")
     named, rest = option.parse_known_args(argv)
     if named.overlay is None:

@@ -1,20 +1,23 @@
 """What the programs that try to break the library find: nothing in it, and every fault that is planted."""
 
 import dataclasses
-import os
+import io
+import pickle
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import couplings
-from benchmarks.child import Child
 from benchmarks.record import read
-from benchmarks.robustness import PARTS, Outcome, __main__, calls, fuzz, trial
+from benchmarks.robustness import PARTS, Outcome, __main__, calls, damaged, fuzz, trial
 
-TINY = {"fuzz": 2e-4, "calls": 0.02}
+TINY = {"fuzz": 2e-4, "calls": 0.02, "damaged": 0.002, "recipes": 0.005, "commands": 0.003}
 
 
 class Here:
@@ -41,7 +44,6 @@ class Here:
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_is_lost(part, monkeypatch):
     monkeypatch.setattr(trial, "Child", Here)
-    monkeypatch.setattr(fuzz, "ask", lambda _, method, *which: fuzz.answer(method, fuzz.problem(*which)[1]))
     outcome = PARTS[part](TINY.get(part, 1e-3))
     assert outcome.tried > 0
     assert outcome.lost == 0, outcome.about["lost"]
@@ -78,8 +80,11 @@ def test_a_part_is_recorded_once_and_what_it_lost_is_the_exit_code(tmp_path, mon
 
 
 def test_a_wrong_answer_of_a_method_is_lost(monkeypatch):
-    monkeypatch.setattr(fuzz, "ask", lambda *_: ("ok", [0, 0], -np.inf))
-    assert fuzz.solve(1e-4, methods=("solver",), kinds=("normal",)).lost > 0
+    assert fuzz.judge_seed(0)[0] == "right"
+    monkeypatch.setattr(fuzz, "answer", lambda _, cost: ("ok", [0] * len(cost), -np.inf))
+    kind, said = fuzz.judge_seed(0)
+    assert kind == "lost"
+    assert "auction: repeated column" in said
 
 
 def good():
@@ -174,28 +179,14 @@ def test_what_must_be_refused_and_is_answered_is_lost():
 def hangs(seed):
     if seed == 2:
         time.sleep(600)
-    if seed == 3:
-        os._exit(7)
     return ("refused", "odd") if seed % 2 else ("right", "")
 
 
-def test_what_hangs_or_dies_is_lost_and_the_next_one_is_tried():
+def test_what_hangs_is_lost_and_the_next_one_is_tried():
     outcome = trial.judged(hangs, range(6), 2.0)
-    assert (outcome.tried, outcome.lost, outcome.about["right"]) == (6, 2, 2)
-    assert outcome.about["refused"] == {"odd": 2}
-    assert outcome.about["lost"] == [
-        "seed 2: did not finish in 2 s",
-        "seed 3: ended its process (exit code 7)",
-    ]
-
-
-def test_a_method_that_hangs_is_a_failure_and_the_next_one_is_asked(monkeypatch):
-    with Child(fuzz._serve) as child:
-        assert fuzz.ask(child, "solver", 0, ("normal",))[0] == "ok"
-        monkeypatch.setattr(fuzz, "PATIENCE", 0.0)
-        assert fuzz.ask(child, "solver", 1, ("normal",))[:2] == ("failed", "did not finish in 0 s")
-        monkeypatch.setattr(fuzz, "PATIENCE", 60.0)
-        assert fuzz.ask(child, "solver", 1, ("normal",))[0] == "ok"
+    assert (outcome.tried, outcome.lost, outcome.about["right"]) == (6, 1, 2)
+    assert outcome.about["refused"] == {"odd": 3}
+    assert outcome.about["lost"] == ["seed 2: did not finish in 2 s"]
 
 
 def test_the_fuzzer_tells_wrong_answers_from_right_ones():
@@ -227,3 +218,74 @@ def test_a_problem_is_the_same_every_time(kind):
     name, cost = fuzz.problem(3, (kind,))
     assert name == kind
     np.testing.assert_array_equal(cost, fuzz.problem(3, (kind,))[1])
+
+
+GOOD = pickle.dumps(list(range(100)))
+
+
+def subject(load):
+    def make(folder):
+        (folder / "file").write_bytes(GOOD)
+        return folder / "file"
+
+    return (damaged.Subject("file", make, load),)
+
+
+def unpickles(path):
+    try:
+        return pickle.loads(path.read_bytes())
+    except Exception as error:
+        raise OSError("damaged") from error
+
+
+def raises_what_it_likes(path):
+    return {GOOD: 1}[path.read_bytes()]
+
+
+def test_a_damaged_file_that_is_executed_or_not_noticed_is_lost():
+    verdicts = {damaged.judge_file(seed, subject(unpickles)) for seed in range(60)}
+    assert ("lost", "file (file), a pickle in its place: code in it was executed") in verdicts
+    assert ("lost", "file (file), a bit flipped: loaded, and it is not what was saved") in verdicts
+    assert ("refused", "file") in verdicts
+    verdicts = [damaged.judge_file(seed, subject(raises_what_it_likes)) for seed in range(20)]
+    assert any(kind == "lost" and "KeyError" in what for kind, what in verdicts)
+
+
+def test_every_dress_of_a_payload_is_executed_by_a_careless_reader(tmp_path):
+    careless = {
+        "pickle": pickle.loads,
+        "npy": lambda content: np.load(io.BytesIO(content), allow_pickle=True),
+        "npz": lambda content: np.load(io.BytesIO(content), allow_pickle=True)["noise"],
+        "pt": lambda content: torch.load(io.BytesIO(content), weights_only=False),
+        "old pt": lambda content: torch.load(io.BytesIO(content), weights_only=False),
+    }
+    for name, content in damaged.payloads(tmp_path / "executed").items():
+        careless[name](content)
+        (tmp_path / "executed").rmdir()
+
+
+def test_a_recipe_that_is_executed_or_refused_in_two_lines_is_lost(monkeypatch):
+    from integrations import config
+
+    monkeypatch.setattr(config, "load", lambda argv: yaml.unsafe_load(Path(argv[0]).read_text()))
+    verdicts = [damaged.judge_recipe(seed) for seed in range(60)]
+    assert any(kind == "lost" and what.startswith("code in it was executed") for kind, what in verdicts)
+    assert any(kind == "lost" and "ScannerError" in what for kind, what in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("main", "what"),
+    [
+        (lambda _: 1 / 0, "ZeroDivisionError"),
+        (lambda _: sys.exit(3), "SystemExit 3"),
+        (lambda _: 2, "exit code 2 with ''"),
+        (lambda _: 5, "exit code 5"),
+        (lambda _: Path("data.npy").unlink() or 0, "it changed ['data.npy']"),
+        (lambda _: np.load("bad.npy", allow_pickle=True) is None, "code in a file was executed"),
+    ],
+)
+def test_a_command_that_fails_badly_is_lost(monkeypatch, main, what):
+    monkeypatch.setattr("couplings.cli.main", main)
+    kind, said = damaged.judge_command(0)
+    assert kind == "lost"
+    assert what in said

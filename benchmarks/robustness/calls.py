@@ -29,6 +29,7 @@ from couplings import Coupled, Coupling, couple
 from couplings.assigners.registry import ALIASES, find
 from couplings.testing.oracles import distances, paired, rows_of, same_bits
 
+from ..record import ROOT
 from .trial import Outcome, judged, sized
 
 CALLS = 10_000
@@ -36,6 +37,7 @@ PATIENCE = 120.0  # seconds for one call, and for what it compiles
 LONGEST = 1000  # letters of an error
 
 LIBRARY = Path(couplings.__file__).parent
+TRAINERS = ROOT / "integrations"
 METHODS = (*(info.name for info in couplings.methods()), *ALIASES)
 SHAPES = ((), (1,), (5,), (64,), (2, 3), (3, 4, 4), (1, 8, 8), (2, 2, 2, 2))
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -426,15 +428,15 @@ def judge(call: Call, run: Callable[[Call], Coupled[Any]] = Call.run) -> tuple[s
     return ("lost", wrong) if wrong else ("right", "")
 
 
-def undocumented(error: BaseException) -> str:
+def undocumented(error: BaseException, further: tuple[type[BaseException], ...] = ()) -> str:
     """Say what is wrong with an error, if anything: its type, its message, or where it comes from."""
     name, message = type(error).__name__, str(error)
-    if not isinstance(error, ValueError | TypeError | RuntimeError | ImportError):
+    if not isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, *further)):
         return f"{name}: {message[:200]}"
     if not message.strip() or "\n" in message or len(message) > LONGEST:
         return f"{name} without a message of one line: {message[:200]!r}"
     raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if not raised.is_relative_to(LIBRARY):
+    if not raised.is_relative_to(LIBRARY) and not raised.is_relative_to(TRAINERS) and not isinstance(error, further):
         return f"{name} from {raised.name}: {message[:200]}"
     return ""
 
