@@ -1,23 +1,35 @@
 """What the programs that try to break the library find: nothing in it, and every fault that is planted."""
 
 import dataclasses
+import gc
 import io
 import pickle
 import sys
+import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 import couplings
 from benchmarks.record import read
-from benchmarks.robustness import PARTS, Outcome, __main__, calls, damaged, fuzz, trial
+from benchmarks.robustness import PARTS, Outcome, __main__, calls, damaged, fuzz, memory, statistics, trial
 
-TINY = {"fuzz": 2e-4, "calls": 0.02, "damaged": 0.002, "recipes": 0.005, "commands": 0.003}
+TINY = {
+    "fuzz": 2e-4,
+    "calls": 0.02,
+    "damaged": 0.002,
+    "recipes": 0.005,
+    "commands": 0.003,
+    "memory": 1e-4,
+    "statistics": 0.02,
+}
 
 
 class Here:
@@ -26,7 +38,7 @@ class Here:
     running = True
 
     def __init__(self, serve, judge=None):
-        self.judge = judge
+        self.judge = judge or (lambda task: memory.run(*task))
 
     def __enter__(self):
         return self
@@ -41,9 +53,31 @@ class Here:
         return self.answer
 
 
+def some(every, names, *arguments):
+    """Of the cases of a part, those of a few names."""
+    for case in every(*arguments):
+        if (case[0] if isinstance(case, tuple) else case.title) in names:
+            yield case
+
+
+@pytest.fixture
+def frozen():
+    """Collections need not go through everything that the tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_is_lost(part, monkeypatch):
     monkeypatch.setattr(trial, "Child", Here)
+    monkeypatch.setattr(memory, "Child", Here)
+    few = ("sinkhorn, draw=rows", "auction, classes", "nearest")
+    monkeypatch.setattr(statistics, "cases", partial(some, statistics.cases, few))
+    monkeypatch.setattr(statistics, "planted", partial(some, statistics.planted, ("planted: one_class_shifted",)))
+    monkeypatch.setattr(memory, "calls", partial(some, memory.calls, ("auction", "submitted", "refused")))
     outcome = PARTS[part](TINY.get(part, 1e-3))
     assert outcome.tried > 0
     assert outcome.lost == 0, outcome.about["lost"]
@@ -289,3 +323,61 @@ def test_a_command_that_fails_badly_is_lost(monkeypatch, main, what):
     kind, said = damaged.judge_command(0)
     assert kind == "lost"
     assert what in said
+
+
+def grows(kept):
+    def step(number):
+        kept.append(bytearray(b"x" * (4 << 20)))
+
+    return step
+
+
+def opens(kept):
+    return lambda number: kept.append(Path("/dev/null").open())
+
+
+def starts(kept):
+    def step(number):
+        event = threading.Event()
+        kept.append(event)
+        threading.Thread(target=event.wait, daemon=True).start()
+
+    return step
+
+
+def remembers(kept):
+    return lambda number: kept.extend([number] for _ in range(1000))
+
+
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.parametrize(
+    ("leak", "what"), [(grows, "bytes"), (opens, "descriptors"), (starts, "threads"), (remembers, "objects")]
+)
+def test_a_planted_leak_is_lost(leak, what):
+    kept = []
+    try:
+        assert memory.leaks(memory.measure("step", lambda number: None, 12)) == []
+        (found, *_) = memory.leaks(memory.measure("step", leak(kept), 12))
+    finally:
+        for each in kept:
+            getattr(each, "close", getattr(each, "set", int))()
+    assert found.startswith("step: ")
+    assert found.endswith(f" more {what} after 12 times")
+
+
+def test_a_bias_that_is_not_planted_where_it_is_said_to_be_is_lost():
+    share = 0.02
+    (shifted,) = some(statistics.planted, ("planted: shifted",), share)
+    honest = dataclasses.replace(shifted, title="said to be shifted", bias=None)
+    hidden = dataclasses.replace(shifted, title="said to be unbiased", found=False)
+    outcome = statistics.measure(share, [honest, hidden])
+    assert any("said to be shifted: not found" in what for what in outcome.about["lost"])
+    assert any("said to be unbiased, mean: p = " in what for what in outcome.about["lost"])
+
+
+def test_p_values_of_noise_are_uniform():
+    rng = np.random.default_rng(0)
+    found = [statistics.anderson_darling(rng.standard_normal(50)) for _ in range(400)]
+    assert stats.kstest(found, "uniform").pvalue > 1e-3
+    assert statistics.holm({"a": 1e-5, "b": 0.004, "c": 0.9}, 0.01) == {"a", "b"}
+    assert statistics.holm({"a": 0.006, "b": 0.006}, 0.01) == set()

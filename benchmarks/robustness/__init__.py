@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import calls, damaged, fuzz
+from . import calls, damaged, fuzz, memory, statistics
 from .trial import Outcome
 
 __all__ = ["PARTS", "Outcome"]
@@ -14,4 +14,6 @@ PARTS: dict[str, Callable[[float], Outcome]] = {
     **fuzz.PARTS,
     **calls.PARTS,
     **damaged.PARTS,
+    **memory.PARTS,
+    **statistics.PARTS,
 }
