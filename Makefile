@@ -8,7 +8,7 @@ ifdef VERSIONS
 export NUMBA_CACHE_DIR := $(CURDIR)/$(VENV)/numba
 endif
 
-.PHONY: demo docs test test-library test-trainers lint setup clean
+.PHONY: demo docs test test-library test-trainers test-slow lint setup clean
 
 # The libraries of the adapters; two of them without what they depend on, which would bring torchvision.
 setup: $(VENV)/.done
@@ -31,6 +31,10 @@ test-library: setup
 
 test-trainers: setup
 	$(BIN)/python -m pytest tests/trainers
+
+# Programs that try to break the library, at a tenth of their full size: about an hour.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

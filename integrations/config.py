@@ -604,7 +604,12 @@ class CouplingSection:
             return
         known = DATASET_METHODS[self.method]
         for name, value in self.options.items():
-            expect(name in known, f"coupling.options.{name}", value, f"only {' and '.join(known)} for {self.method}")
+            expect(
+                isinstance(name, str) and name in known,
+                f"coupling.options.{name}",
+                value,
+                f"only {' and '.join(known)} for {self.method}",
+            )
             number = isinstance(value, int | float) and not isinstance(value, bool)
             fits = {
                 "potentials": value is None or isinstance(value, str),
@@ -881,8 +886,8 @@ def _find(name: str, folder: Path, what: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        msg = f"not valid YAML: {error}"
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or no such date
+        msg = f"not valid YAML: {' '.join(str(error).split())}"
         raise RecipeError(msg) from None
     if not isinstance(raw, dict):
         msg = f"expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
@@ -917,7 +922,8 @@ def _choose(raw: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, str |
         path, name = asked.get(f"{section}.class_path"), asked.get(f"{section}.name")
         path, name = (said_path, said_name) if path is None and name is None else (path, name)
         expected = f"one of {', '.join(known)}{closest(str(name), known)}, or {section}.class_path"
-        expect(path is not None or name in known, f"{section}.name", name, expected)
+        fits = path is not None or (isinstance(name, str) and name in known)
+        expect(fits, f"{section}.name", name, expected)
         names[section], kinds[section] = (name, known[name]) if path is None else (None, own)
         if path != said_path or (path is None and kinds[section] is not known.get(said_name)):
             kept = {entry.name for entry in dataclasses.fields(Schedule)} if section == "optimizer" else ()

@@ -1,4 +1,7 @@
-"""`--thorough` runs every case and 1000 examples a property; without it a kind is covered by one case of it."""
+"""`--thorough` runs every case and 1000 examples a property; without it a kind is covered by one case of it.
+
+What is marked slow runs with ``-m slow`` only.
+"""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -21,9 +24,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--thorough"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    wanted = {"thorough": config.getoption("--thorough"), "slow": "slow" in config.getoption("markexpr")}
+    unwanted = [name for name, runs in wanted.items() if not runs]
+    left_out = [item for item in items if any(map(item.get_closest_marker, unwanted))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in left_out]

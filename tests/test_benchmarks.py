@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks import contenders, distributed, fuzz, solver_tables, solvers
-from benchmarks.child import Child
+from benchmarks import contenders, distributed, solver_tables, solvers
 from benchmarks.contenders import COLUMN_ERROR, OURS, TASKS, Contender
 from benchmarks.instances import CROPS, HARD, Instance
 from benchmarks.record import Records, append, environment, provenance, read
@@ -21,7 +20,6 @@ from benchmarks.worker import Worker, certified_bound, judge, timed
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
 def test_a_run_writes_a_complete_record_of_every_contender_and_is_not_repeated(tmp_path):
     # fmt: off
     command = [
@@ -293,61 +291,6 @@ def test_a_line_that_was_cut_short_is_dropped_and_not_written_on(tmp_path):
     assert read(path) == [{"a": 1}, {"c": 3}]
 
 
-def test_fuzzing_goes_on_where_it_was_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "ask", lambda _, method, *which: fuzz.answer(method, fuzz.problem(*which)[1]))
-    monkeypatch.setattr(fuzz, "environment", lambda **_: {"kernels": "abc", "versions": {}})
-    path = tmp_path / "fuzz.json"
-    command = ["--kinds", "normal", "integers", "--methods", "solver", "auction", "hungarian", "--output", str(path)]
-    for problems in (6, 9):
-        assert fuzz.main([*command, "--problems", str(problems)]) == 0
-        record = json.loads(path.read_text())
-        assert record["problems"] == sum(record["solved"].values()) == problems
-    assert record["failures"] == []
-    assert fuzz.main([*command[:-2], "--output", str(tmp_path / "whole.json"), "--problems", "9"]) == 0
-    assert json.loads((tmp_path / "whole.json").read_text())["solved"] == record["solved"]
-
-
-def test_a_method_that_hangs_is_a_failure_and_the_next_one_is_asked(monkeypatch):
-    with Child(fuzz._serve) as child:
-        assert fuzz.ask(child, "solver", 0, ("normal",))[0] == "ok"
-        monkeypatch.setattr(fuzz, "PATIENCE", 0.0)
-        assert fuzz.ask(child, "solver", 1, ("normal",))[:2] == ("failed", "did not finish in 0 s")
-        monkeypatch.setattr(fuzz, "PATIENCE", 60.0)
-        assert fuzz.ask(child, "solver", 1, ("normal",))[0] == "ok"
-
-
-def test_the_fuzzer_tells_wrong_answers_from_right_ones():
-    inf = float("inf")
-    cost = np.array([[1.0, 2.0, inf], [2.0, 1.0, 5.0], [3.0, 9.0, 1.0]])
-    right = ("ok", [0, 1, 2], 3.0)
-    answers = {
-        "right": right,
-        "twice": ("ok", [0, 0, 2], 0.0),
-        "forbidden": ("ok", [2, 1, 0], 0.0),
-        "dear": ("ok", [1, 0, 2], 0.0),
-        "boasts": ("ok", [0, 1, 2], 3.5),
-        "refuses": ("refused", "no", 0.0),
-        "breaks": ("failed", "KeyError", 0.0),
-    }
-    assert fuzz.failures(cost, answers) == {
-        "twice": "repeated column",
-        "forbidden": "forbidden column",
-        "dear": "7e-01 above the optimum",
-        "boasts": "false bound",
-        "breaks": "KeyError",
-    }
-    cost[:, 0] = cost[0] = inf
-    assert fuzz.failures(cost, {"refuses": ("refused", "no", 0.0)}) == {}
-
-
-@pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_a_problem_is_the_same_every_time(kind):
-    name, cost = fuzz.problem(3, (kind,))
-    assert name == kind
-    np.testing.assert_array_equal(cost, fuzz.problem(3, (kind,))[1])
-
-
-@pytest.mark.slow
 def test_ranks_are_timed_by_phase_and_counted_in_bytes():
     records = distributed.measure(ranks=(1, 2), rows=(8,), repeats=2)
     couples = {(r["ranks"], r["contender"]): r for r in records}

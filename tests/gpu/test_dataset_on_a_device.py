@@ -131,7 +131,6 @@ def test_persistent_pairs_come_nearer_on_the_device(tmp_path):
         assert torch.equal(pairs.state_dict()["seeds"].flatten().sort().values, seeds)
 
 
-@pytest.mark.slow
 def test_fifty_thousand_colour_images_take_less_than_two_minutes():
     data = images(50_000, 32)
     begun = time.perf_counter()

@@ -49,14 +49,31 @@ def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, messag
         ("objective: {name: ddim}\nmodel: {name: mlp, widht: 3}", "did you mean 'model.width'"),
         ("[1, 2]", "expected sections"),
         ("a: [", "not valid YAML"),
+        ("objective: {name: [ddim]}", r"objective.name: got \['ddim'\], expected one of"),
+        ("a: 2020-99-99", "not valid YAML: month must be in"),
+        ("\udcff", "not valid YAML: 'utf-8' codec"),
+        ("a: !!python/object/apply:os.mkdir [executed]", "could not determine a constructor"),
     ],
 )
-def test_a_bad_recipe_file_is_refused(tmp_path, text, message):
+def test_a_bad_recipe_file_is_refused(tmp_path, text, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(config.RecipeError, match=message) as error:
         config.load([str(path)])
     assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--overlay"], "expected one argument"), (["--train", "*a"], "found undefined alias")],
+)
+def test_bad_options_are_refused_in_one_line(arguments, message):
+    with pytest.raises(config.RecipeError, match=message) as error:
+        config.load(["ddim-digits", *arguments])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [name for name in config.bundled() if name.endswith("-digits")])

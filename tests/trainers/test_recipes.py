@@ -216,7 +216,6 @@ def start(folder, *arguments):
         process.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_recipe_runs_and_resumes_under_accelerate_launch(tmp_path):
     first, *others = EXPERIMENTS

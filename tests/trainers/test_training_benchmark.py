@@ -30,7 +30,6 @@ def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registry", registry._registry.copy())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_own_registry")
 def test_a_benchmark_that_was_ended_goes_on_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     arms = ["v-independent", "v-coupled", "epsilon-independent"]

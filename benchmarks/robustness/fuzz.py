@@ -1,38 +1,29 @@
-"""Solve random small problems with every exact method and compare the answers: ``python -m benchmarks.fuzz``.
+"""Random small problems for every exact method, and their answers compared.
 
 A problem is a hard family, or random numbers of a random kind, at a random size, shape, scale and precision. A total
 above the best of all answers and SciPy's, a bound above it, a repeated or forbidden column, an answer to a problem that
-has none, or no answer in time is a failure; an error that says that the problem cannot be solved is not. Writes
-``benchmarks/results/fuzz.json`` as it goes, and goes on where it was ended; exits 1 if there is a failure.
+has none, or no answer in time is lost; an error that says that the problem cannot be solved is not.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
-import sys
-import time
-from collections import Counter
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .child import Child, Ended
-from .contenders import exact
-from .instances import HARD
-from .record import RESULTS, environment
+from ..contenders import exact
+from ..instances import HARD
+from .trial import Outcome, Verdict, judged, sized
 
 # The first two are the kernel itself, with its bound: as it is, and as it solves what is too large for dense paths.
 METHODS = ("solver", "engine", "auction", "hungarian", "lapjv", "emd")
 WIDE = 64  # columns from which on the engine of large problems works: more than its lists hold
-PATIENCE = 10.0  # seconds for one answer
-START = 300.0  # seconds for imports and compilation
-SAVED = 500  # problems between two writes
+PATIENCE = 120.0  # seconds for one problem, and for what it compiles
+PROBLEMS = 100_000
 
 Matrix = np.ndarray[Any, Any]
 Answer = tuple[str, Any, float]  # "ok", the columns and a lower bound of the total; or "refused" or "failed" and why
@@ -124,71 +115,23 @@ def failures(cost: Matrix, answers: dict[str, Answer]) -> dict[str, str]:
     return wrong
 
 
-def _serve(connection: Any) -> None:
-    import torch
-
-    import couplings
-
-    torch.set_num_threads(1)
-    couplings.warmup()
-    connection.send(None)
-    with contextlib.suppress(EOFError):  # the one who asked has ended
-        while True:
-            method, *which = connection.recv()
-            connection.send(answer(method, problem(*which)[1]))
-
-
-def ask(child: Child, method: str, seed: int, kinds: tuple[str, ...]) -> Answer:
-    """Let the child solve a problem, or say why it did not."""
-    try:
-        if not child.running:
-            child.start()
-            child.receive(START)
-        child.send((method, seed, kinds))
-        return child.receive(PATIENCE)
-    except Ended as error:
-        return "failed", str(error), 0.0
+def judge_seed(seed: int) -> Verdict:
+    """Solve problem number `seed` with every method that takes it."""
+    kind, cost = problem(seed)
+    # Couplings are of as many rows as columns.
+    square, wide = cost.shape[0] == cost.shape[1], cost.shape[1] >= WIDE
+    methods = [name for name in METHODS if {"solver": True, "engine": wide}.get(name, square)]
+    answers = {method: answer(method, cost) for method in methods}
+    wrong = failures(cost, answers)
+    if wrong:
+        told = "; ".join(f"{method}: {what}" for method, what in wrong.items())
+        return "lost", f"{kind} of shape {cost.shape}: {told}"
+    return ("refused" if all(status == "refused" for status, *_ in answers.values()) else "right"), kind
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the problems and write the record."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.partition("\n")[0])
-    parser.add_argument("--problems", type=int, default=100_000)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
-    parser.add_argument("--output", type=Path, default=RESULTS / "fuzz.json")
-    arguments = parser.parse_args(argv)
-    asked = {name: getattr(arguments, name) for name in ("first_seed", "methods", "kinds")}
-    here = environment(threads=1, extra_path=None)
-    record = {**asked, "problems": 0, "failures": [], "refused": {}, "solved": {}, "seconds": 0.0, **here}
-    if arguments.output.exists():
-        earlier = json.loads(arguments.output.read_text())
-        same = all(earlier.get(name) == record[name] for name in (*asked, "kernels", "versions"))
-        record = earlier if same and "+" not in here["kernels"] else record
-    refused, solved = Counter(record["refused"]), Counter(record["solved"])
-    child, before, kinds = Child(_serve), time.perf_counter() - record["seconds"], tuple(arguments.kinds)
-    for number in range(record["problems"], arguments.problems):
-        seed = arguments.first_seed + number
-        kind, cost = problem(seed, kinds)
-        # Couplings are of as many rows as columns.
-        square, wide = cost.shape[0] == cost.shape[1], cost.shape[1] >= WIDE
-        methods = [name for name in arguments.methods if {"solver": True, "engine": wide}.get(name, square)]
-        answers = {method: ask(child, method, seed, kinds) for method in methods}
-        for method, what in failures(cost, answers).items():
-            record["failures"].append({"seed": seed, "kind": kind, "shape": cost.shape, "method": method, "what": what})
-        refused.update(f"{method}, {kind}" for method, (status, *_) in answers.items() if status == "refused")
-        solved[kind] += 1
-        if number + 1 == arguments.problems or (number + 1) % SAVED == 0:
-            counts = {"refused": dict(sorted(refused.items())), "solved": dict(sorted(solved.items()))}
-            seconds = round(time.perf_counter() - before, 1)
-            record |= {"problems": number + 1, **counts, "seconds": seconds}
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-            print(f"{number + 1} of {arguments.problems}, {len(record['failures'])} failures, {seconds} s", flush=True)
-    child.end()
-    return int(bool(record["failures"]))
+def solve(share: float) -> Outcome:
+    """Solve the first of 100,000 problems with every method; seed and number of a problem are the same."""
+    return judged(judge_seed, range(sized(PROBLEMS, share)), PATIENCE)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+PARTS = {"fuzz": solve}
