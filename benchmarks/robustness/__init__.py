@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import fuzz
+from . import faults, fuzz
 from .trial import Outcome
 
 __all__ = ["PARTS", "Outcome"]
@@ -12,4 +12,5 @@ __all__ = ["PARTS", "Outcome"]
 # What is tried, by name; each is given its share of the full size.
 PARTS: dict[str, Callable[[float], Outcome]] = {
     **fuzz.PARTS,
+    **faults.PARTS,
 }
