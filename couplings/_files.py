@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["check_target", "written_atomically"]
+__all__ = ["check_target", "locked", "written_atomically"]
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -25,13 +26,30 @@ def check_target(path: Path, *, force: bool) -> None:
         raise FileExistsError(msg)
 
 
+def locked(file: IO[bytes], *, wait: bool = False) -> bool:
+    """Lock a file until it is closed or its process ends, however it ends; return whether that could be done.
+
+    It cannot if another has locked it, unless that is waited for. A system without such locks locks nothing.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def written_atomically(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that takes its place once it is complete and on disk, as far as `force` allows."""
     target = path.resolve()  # a link is followed, not replaced
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    _remove_remains(target)
+    partial, file = _opened_beside(target)
     try:
-        with partial.open("xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,3 +57,23 @@ def written_atomically(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _opened_beside(target: Path) -> tuple[Path, IO[bytes]]:
+    """Open a new file, locked for as long as it is written."""
+    while True:
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        file = partial.open("xb")
+        with suppress(OSError):  # a file system without locks
+            locked(file, wait=True)
+        if partial.exists():
+            return partial, file
+        file.close()  # it was taken for remains before it was locked
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove what processes left that were killed while they wrote: nobody has it locked."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError), partial.open("rb") as file:
+            if locked(file):
+                partial.unlink()

@@ -17,7 +17,9 @@ LOOM: arXiv 2603.15279.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import weakref
 import zlib
 from contextlib import suppress
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from couplings._files import check_target, written_atomically
+from couplings._files import check_target, locked, written_atomically
 from couplings.coupling import Condition, Coupled, Coupling
 from couplings.inputs import Array
 from couplings.noise import STREAMS, normal, row_seeds
@@ -176,6 +178,8 @@ class Pairs:
         ------
         ValueError
             If they are not those that were drawn, or the file no longer has them where they were drawn.
+        OSError
+            If the disk is full; the file is left as it is.
         """
         new = torch.as_tensor(seeds).detach().cpu().long().numpy()
         old, at = drawn.seeds.numpy(), self._positions(drawn.rows, drawn.slots)
@@ -186,6 +190,7 @@ class Pairs:
             msg = "the pairs were written to since this step was drawn. Draw it again."
             raise ValueError(msg)
         n = len(at)
+        self._allocate_journal(n)
         self._body[:n], self._body[n : 2 * n] = at, new
         head = np.array([self._head[_NUMBER] + 1, n, 0])
         head[_CHECKSUM] = self._checksum(head)
@@ -276,7 +281,7 @@ class Pairs:
         self.close()
 
     def _attach(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._file, self._allocated = file, 0
         weakref.finalize(self, file.close)
         self._memory = np.memmap(file, np.uint8, mode="r+")
         numbers = np.asarray(self._memory[_HEADER:]).view(np.int64)
@@ -286,6 +291,18 @@ class Pairs:
         n = int(self._head[_COUNT])
         if 0 <= n <= self.rows and self._head[_CHECKSUM] == self._checksum(self._head):
             self._stored[self._body[:n]] = self._body[n : 2 * n]
+
+    def _allocate_journal(self, rows: int) -> None:
+        """Take space on disk for a journal of so many rows: writing to memory that has none would end the process."""
+        if rows <= self._allocated or not hasattr(os, "posix_fallocate"):
+            return
+        begin = _HEADER + 8 * (self.rows * self.seeds + 3)
+        try:
+            os.posix_fallocate(self._file.fileno(), begin, 16 * rows)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._allocated = rows
 
     def _checksum(self, head: Any) -> int:
         """Checksum of the journal, were this its head."""
@@ -325,15 +342,10 @@ def _size(about: dict[str, int]) -> int:
 
 def _opened(path: Path) -> IO[bytes]:
     file = path.open("r+b")
-    with suppress(ImportError):  # a system without such locks
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            msg = f"{path} is open in another process or another Pairs; each process needs a file of its own."
-            raise BlockingIOError(msg) from error
+    if not locked(file):
+        file.close()
+        msg = f"{path} is open in another process or another Pairs; each process needs a file of its own."
+        raise BlockingIOError(msg)
     return file
 
 

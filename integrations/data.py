@@ -157,6 +157,11 @@ class Images(Source, Dataset[Batch]):
         except DataError as error:
             # Of a loading process: its text ends a traceback.
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: ")) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            msg = f"a process that loads data has ended ({error}): if memory is short, try fewer data.workers"
+            raise DataError(msg) from error
 
     def _rows(self, pieces: Iterable[Piece], seed: int | None) -> Iterator[list[int]]:
         for epoch, group in itertools.groupby(pieces, lambda piece: piece.epoch):

@@ -104,6 +104,14 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         msg = f"cannot read or write {place}: {reason}; checkpoints are intact"
         raise TrainingError(msg) from error
     except RuntimeError as error:
+        # gloo has no error of its own; that of NCCL is a DistError.
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+            reason = str(error).strip().splitlines()[-1]
+            msg = (
+                "another process of the run has died, or ended with an error of its own that it tells; go on with "
+                f"--resume auto ({reason})"
+            )
+            raise TrainingError(msg) from error
         if not (recipe.train.deterministic and "does not have a deterministic implementation" in str(error)):
             raise
         operation = str(error).partition(", but you set")[0]

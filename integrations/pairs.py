@@ -24,17 +24,17 @@ from torch import Tensor
 from couplings import Coupled, Coupling
 from couplings.ahead import Pending
 
-from .build import candidates
+from .build import TrainingError, candidates
 from .checkpoint import Checkpoint
 from .config import Recipe
-from .data import Batch, Piece, Pieces, Source, to_signed
+from .data import Batch, DataError, Piece, Pieces, Source, to_signed
 from .latents import StoredLatents, of_sides
 from .objective import Objective
 from .randomness import Draws
 
 log = logging.getLogger(__name__)
 
-LOST = (RuntimeError, OSError, EOFError)
+LOST = (RuntimeError, OSError, EOFError, DataError)
 """What is raised where a loading process is gone, or was while it sent."""
 
 
@@ -191,7 +191,11 @@ class Pairs:
         if self.recipe.coupling.condition == "class":
             condition = _joined([block.labels for block in blocks])
         generator = blocks[0].draws.generator("coupling", torch.device("cpu"))
-        return self.coupling(data, noise, condition=condition, generator=generator)
+        try:
+            return self.coupling(data, noise, condition=condition, generator=generator)
+        except ValueError as error:  # data that is not finite, as of an encoder that overflows
+            msg = f"the data of step {blocks[0].draws.step + 1} cannot be coupled: {error}"
+            raise TrainingError(msg) from error
 
     def divided(self, blocks: list[Block], noise: Tensor) -> list[Block]:
         """Give the rows of noise to the blocks whose data they were coupled with."""

@@ -1,5 +1,6 @@
 """Persistent pairs: nearer from step to step, every seed kept exactly once, whatever is killed or damaged."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -286,3 +287,18 @@ def test_a_state_of_another_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match="does not hold every seed once"):
             pairs.load_state_dict(other.state_dict())
         assert torch.equal(held(pairs), before)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(path, data, monkeypatch):
+    def full(descriptor, begin, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with opened(path) as pairs:
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*pairs.bin"):
+            pairs.couple(data[:16], torch.arange(16))
+        assert path.read_bytes() == before
+        monkeypatch.undo()
+        pairs.couple(data[:16], torch.arange(16))
+        assert path.read_bytes() != before

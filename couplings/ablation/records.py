@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from couplings._files import locked
 from couplings.ablation.grid import Point
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("ab")
         try:
-            _lock(self._file, path)
+            if not locked(self._file):
+                msg = f"{path}: another process is writing to it. Wait for it, or choose another file."
+                raise RuntimeError(msg)
             self.records, size = ([], 0) if restart else read_lines(path)
             self._file.truncate(size)
         except BaseException:
@@ -137,16 +140,3 @@ class Log:
         self.records.append(dict(record))
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Lock the file until this process ends, however it ends; where the system has no such locks, do not."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        msg = f"{path}: another process is writing to it. Wait for it, or choose another file."
-        raise RuntimeError(msg) from error

@@ -134,3 +134,16 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
         write()
     assert out.read_bytes() == b"theirs"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    out = tmp_path / "out[1].npy"
+    remains = tmp_path / ".out[1].npy.0badcafe.part"
+    remains.touch()
+    with written_atomically(out, force=True) as first, written_atomically(out, force=True) as second:
+        assert not remains.exists()
+        assert len(list(tmp_path.glob(".*.part"))) == 2
+        first.write(b"1")
+        second.write(b"2")
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.read_bytes() == b"1"  # it was finished last

@@ -1,7 +1,10 @@
 import gzip
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +13,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from integrations import loop
 from integrations.config import Data, RecipeError, StableDiffusion, load
-from integrations.data import DataError, load_source, to_signed, to_uint8
+from integrations.data import DataError, Piece, load_source, to_signed, to_uint8
 from integrations.stable_diffusion import StableDiffusionObjective
 
 
@@ -233,3 +236,18 @@ def test_a_hub_data_set_that_was_saved_to_disk(tmp_path):
         assert source[[count - 1]].images.unique().tolist() == [count - 1]
     with pytest.raises(DataError, match=r"several.*validation"):
         load_source(Data(f"hub:{tmp_path / 'several'}", split="validation"))
+
+
+def test_a_loading_process_that_is_killed_is_told_in_one_line():
+    # As trainers read, in a thread: in the main one torch's handler of the signal raises wherever that is.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    others = set(psutil.Process().children())
+    blocks = load_source(Data()).blocks([Piece(0, i, i + 2) for i in range(100)], 0, workers=1)
+    with ThreadPoolExecutor(1) as trainer:
+        trainer.submit(next, blocks).result()
+        (worker,) = set(psutil.Process().children()) - others
+        worker.kill()
+        with pytest.raises(DataError, match=r"a process that loads data has ended .*data.workers") as error:
+            trainer.submit(list, blocks).result()
+    signal.signal(signal.SIGCHLD, before)
+    assert "\n" not in str(error.value)

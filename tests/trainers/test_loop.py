@@ -478,6 +478,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(ma
     assert checkpoint.newest(recipe.output / "checkpoints").step == 4
 
 
+def test_data_that_is_not_finite_ends_the_run_where_it_is_coupled(make, monkeypatch):
+    inner = pairs.Pairs.load
+
+    def poisoned(self, batch, step, number):
+        found = inner(self, batch, step, number)
+        return replace(found, data=found.data * (torch.nan if step == 4 else 1.0))
+
+    monkeypatch.setattr(pairs.Pairs, "load", poisoned)
+    recipe = make("ddim-digits")
+    with pytest.raises(loop.TrainingError, match=r"the data of step 5 cannot be coupled: data contains NaN"):
+        loop.train(recipe, progress=False)
+    assert checkpoint.newest(recipe.output / "checkpoints").step == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4764"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted\nConnection closed by peer"),
+    ],
+)
+def test_a_process_that_has_died_is_said_in_one_line_by_the_others(make, monkeypatch, error):
+    def lost(self, blocks):
+        raise error
+
+    monkeypatch.setattr(loop.Run, "train_step", lost)
+    said = r"another process of the run has died.*--resume auto \(.*Connection closed by peer"
+    with pytest.raises(loop.TrainingError, match=said):
+        loop.train(make("ddim-digits"), progress=False)
+
+
 def test_a_full_disk_is_a_clear_error_and_keeps_the_last_checkpoint(tmp_path, processes):
     recipe = tiny("ddim-digits", tmp_path, "--train.steps", "2")
     child = processes.Process(target=run_in_child, args=(recipe,))
