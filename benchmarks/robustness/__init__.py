@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import faults, fuzz
+from . import concurrency, faults, fuzz
 from .trial import Outcome
 
 __all__ = ["PARTS", "Outcome"]
@@ -13,4 +13,5 @@ __all__ = ["PARTS", "Outcome"]
 PARTS: dict[str, Callable[[float], Outcome]] = {
     **fuzz.PARTS,
     **faults.PARTS,
+    **concurrency.PARTS,
 }
