@@ -24,6 +24,7 @@ from couplings.assigners.registry import find
 from couplings.conditions import canonical_condition_metric, check_condition_weight
 from couplings.distances import Metric, canonical_metric
 from couplings.inputs import Array
+from couplings.kernels._interrupts import interruptible
 from couplings.problem import Certificate, Distances, Pricing, Problem, certificate, take, take_tied
 from couplings.quantization import canonical_quantizer
 from couplings.stages import stage
@@ -203,6 +204,7 @@ class Coupling:
         return Pricing(self.metric, self.quantize, **chosen)
 
     @outside_graphs
+    @interruptible
     def __call__(
         self,
         data: A,

@@ -157,8 +157,9 @@ class Images(Source, Dataset[Batch]):
         except DataError as error:
             # Of a loading process: its text ends a traceback.
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: ")) from None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # Told by the loader, or by a pipe whose other end is gone.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             msg = f"a process that loads data has ended ({error}): if memory is short, try fewer data.workers"
             raise DataError(msg) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import calls, damaged, faults, fuzz, memory, statistics
+from . import calls, concurrency, damaged, faults, fuzz, memory, statistics
 from .trial import Outcome
 
 __all__ = ["PARTS", "Outcome"]
@@ -17,4 +17,5 @@ PARTS: dict[str, Callable[[float], Outcome]] = {
     **memory.PARTS,
     **statistics.PARTS,
     **faults.PARTS,
+    **concurrency.PARTS,
 }

@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from couplings import couple
 from couplings.kernels._threads import over_rows, worthwhile
+from couplings.problem import Problem
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -67,6 +70,24 @@ def test_a_thread_outlives_the_main_thread():
     program = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["100"], done.stderr
+
+
+def test_an_interrupt_in_a_kernel_is_raised_as_what_it_is(monkeypatch):
+    def as_numba_does(*_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            msg = "CPUDispatcher(<function defer>) returned a result with an exception set"
+            raise SystemError(msg) from interrupt
+
+    data, noise = torch.rand(6, 2), torch.rand(6, 2)
+    before = couple(data, noise, "greedy").index
+    monkeypatch.setattr(Problem, "solve", as_numba_does)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        couple(data, noise, "greedy")
+    assert raised.value.__cause__ is None
+    monkeypatch.undo()
+    assert torch.equal(couple(data, noise, "greedy").index, before)
 
 
 def test_as_many_threads_as_pay_for_their_start():

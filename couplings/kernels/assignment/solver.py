@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._interrupts import interruptible
 from .._threads import worthwhile
 from ..feasibility import check_feasible
 from . import certificate
@@ -89,6 +90,7 @@ class Solution:
         return certificate.relative_gap(self.total, self.lower_bound)
 
 
+@interruptible
 def solve(
     cost: npt.NDArray[Any],
     *,
