@@ -177,9 +177,13 @@ def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> O
         from .stable_diffusion import StableDiffusionObjective  # transformers takes seconds to import
 
         return StableDiffusionObjective(recipe.objective, source, blank=blank)
+    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
+    return kinds[recipe.objective.name](recipe.objective, source.shape, _told_classes(recipe, source))
+
+
+def _told_classes(recipe: Recipe, source: Source) -> int | None:
     known, found = recipe.model.classes, len(source.classes)
     if known is not None and not 2 <= found <= known:
         msg = f"model.classes: got {known}, but {recipe.data.source} has {found} classes: expected no fewer, or null"
         raise RecipeError(msg)
-    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
-    return kinds[recipe.objective.name](recipe.objective, source.shape, known)
+    return known

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,9 +112,12 @@ class Objective(nn.Module, ABC):
         if choices:
             told = [choices[i % len(choices)] for i in range(count)]
             return told if isinstance(told[0], str) else torch.tensor(told)
-        rows = (divmod(i, len(source)) for i in range(count))
-        batches = list(source.blocks((Piece(epoch, row, row + 1) for epoch, row in rows), seed))
-        texts = {name: [batch.texts[name][0] for batch in batches] for name in source.texts}
+        size, pieces = len(source), []
+        for epoch in range(-(-count // size)):
+            last = min(size, count - epoch * size)
+            pieces += [Piece(epoch, first, min(first + 256, last)) for first in range(0, last, 256)]
+        batches = list(source.blocks(pieces, seed))
+        texts = {name: list(chain(*(batch.texts[name] for batch in batches))) for name in source.texts}
         return self.told(torch.cat([batch.labels for batch in batches]), texts)
 
     def tell(self, told: Told) -> dict[str, Tensor]:
@@ -158,7 +162,7 @@ class Objective(nn.Module, ABC):
         nothing = torch.full((len(noise),), -1, device=noise.device)
         if isinstance(told, Tensor):
             told = told.to(noise.device)
-        context, scale = self.tell(nothing if told is None else told), self.config.guidance_scale
+        context, scale = self.tell(nothing if told is None else told), getattr(self.config, "guidance_scale", 1.0)
         if scale == 1 or told is None:
             return lambda x, t: model(x, t, **context).sample
         context = {name: torch.cat([silent, context[name]]) for name, silent in self.tell(nothing).items()}
