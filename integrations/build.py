@@ -185,12 +185,16 @@ def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> O
         from .stable_diffusion import StableDiffusionObjective  # transformers takes seconds to import
 
         return StableDiffusionObjective(recipe.objective, source, blank=blank)
+    if isinstance(recipe.objective, Own):
+        given = {"config": recipe.objective, "shape": source.shape, "classes": _told_classes(recipe, source)}
+        return own.construct("objective", recipe.objective, Objective, **given)
+    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
+    return kinds[recipe.objective.name](recipe.objective, source.shape, _told_classes(recipe, source))
+
+
+def _told_classes(recipe: Recipe, source: Source) -> int | None:
     known, found = recipe.model.classes, len(source.classes)
     if known is not None and not 2 <= found <= known:
         msg = f"model.classes: got {known}, but {recipe.data.source} has {found} classes: expected no fewer, or null"
         raise RecipeError(msg)
-    if isinstance(recipe.objective, Own):
-        given = {"config": recipe.objective, "shape": source.shape, "classes": known}
-        return own.construct("objective", recipe.objective, Objective, **given)
-    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
-    return kinds[recipe.objective.name](recipe.objective, source.shape, known)
+    return known

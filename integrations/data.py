@@ -92,7 +92,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     unreadable: list[str]
-    texts: dict[str, list[Text]]
+    texts: dict[str, list[Text]] = {}  # noqa: RUF012 - nothing changes it
 
 
 class Source(ABC):
@@ -200,7 +200,7 @@ class ArrayImages(Images):
 
     def __getitem__(self, rows: list[int]) -> Batch:
         index = torch.as_tensor(rows)
-        return Batch(self.images[index], self.labels[index], [], {})
+        return Batch(self.images[index], self.labels[index], [])
 
 
 class Decoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,9 +112,12 @@ class Objective(nn.Module, ABC):
         if choices:
             told = [choices[i % len(choices)] for i in range(count)]
             return told if isinstance(told[0], str) else torch.tensor(told)
-        rows = (divmod(i, len(source)) for i in range(count))
-        batches = list(source.blocks((Piece(epoch, row, row + 1) for epoch, row in rows), seed))
-        texts = {name: [batch.texts[name][0] for batch in batches] for name in source.texts}
+        size, pieces = len(source), []
+        for epoch in range(-(-count // size)):
+            last = min(size, count - epoch * size)
+            pieces += [Piece(epoch, first, min(first + 256, last)) for first in range(0, last, 256)]
+        batches = list(source.blocks(pieces, seed))
+        texts = {name: list(chain(*(batch.texts[name] for batch in batches))) for name in source.texts}
         return self.told(torch.cat([batch.labels for batch in batches]), texts)
 
     def tell(self, told: Told) -> dict[str, Tensor]:
