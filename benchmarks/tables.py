@@ -17,6 +17,7 @@ import couplings
 from . import ablation_tables, ahead, compatibility, device, distributed, pools_tables, solver_tables, training_tables
 from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
+from .robustness import tables as robustness_tables
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
 BLOCK = re.compile(r"<!-- ([\w-]+):begin -->\n(.*?)<!-- \1:end -->", re.DOTALL)
@@ -65,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **device.TABLES,
     **pools_tables.TABLES,
     **published_tables.TABLES,
+    **robustness_tables.TABLES,
 }
 
 

@@ -19,7 +19,7 @@ from scipy import stats
 
 import couplings
 from benchmarks.record import read
-from benchmarks.robustness import PARTS, Outcome, __main__, calls, damaged, fuzz, memory, statistics, trial
+from benchmarks.robustness import PARTS, Outcome, __main__, calls, damaged, fuzz, memory, statistics, tables, trial
 
 TINY = {
     "fuzz": 2e-4,
@@ -381,3 +381,10 @@ def test_p_values_of_noise_are_uniform():
     assert stats.kstest(found, "uniform").pvalue > 1e-3
     assert statistics.holm({"a": 1e-5, "b": 0.004, "c": 0.9}, 0.01) == {"a", "b"}
     assert statistics.holm({"a": 0.006, "b": 0.006}, 0.01) == set()
+
+
+def test_the_table_shows_the_last_record_of_each_part():
+    old, new = ({"part": "calls", "share": share, "tried": 10_000, "lost": 2, "seconds": 3.0} for share in (0.1, 1.0))
+    new["about"] = {"right": 7, "refused": {"odd": 2, "even": 1}}
+    assert tables.tried_table([old, new]).splitlines()[2:] == ["| `calls` | 100% | 10,000 | 2 | 3 |"]
+    assert tables.refused_table([old, new]).splitlines()[2:] == ["| `calls` | 7 | 3 |"]
