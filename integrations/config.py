@@ -854,9 +854,9 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
     path = _find(argv[0], RECIPES, "recipe")
     try:
         raw = _read(path)
-        asked, rest = _asked(argv[1:])
+        asked, overlays, rest = _asked(argv[1:])
         names, kinds = _choose(raw, asked)
-        files = [raw, *(_overlay(name, names) for name in asked.get("overlay", ()))]
+        files = [raw, *(_overlay(overlay, names) for overlay in overlays)]
         for file in files:
             _give_way(file, asked)
         parser = _parser(kinds, f"{prog} {path}")
@@ -895,16 +895,16 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _asked(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the overlays, and what is chosen in the place of something else, and the words that are no overlay."""
+def _asked(argv: list[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return what is chosen in the place of something else, the overlays, and the words without these."""
     fields = [f"{section}.{name}" for section in KINDS for name in ("name", "class_path")]
     chosen, overlay = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
     for name in (*fields, *GIVE_WAY):
         chosen.add_argument(f"--{name}", nargs="?")
-    overlay.add_argument("--overlay", action="append", nargs="?", const="")
+    overlay.add_argument("--overlay", nargs="?", const="", action="append", default=[])
     named, rest = overlay.parse_known_args(argv)
-    asked = vars(named) | vars(chosen.parse_known_args(rest)[0])
-    return {name: value for name, value in asked.items() if value is not None}, rest
+    asked = vars(chosen.parse_known_args(rest)[0])
+    return {name: value for name, value in asked.items() if value is not None}, named.overlay, rest
 
 
 def _choose(raw: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, str | None], dict[str, type]]:
@@ -968,11 +968,11 @@ def _overlay(name: str, names: dict[str, str | None]) -> dict[str, Any]:
     under that of an objective, so that one file fits every recipe.
     """
     overlay = _read(_find(name, RECIPES / "overlays", "overlay"))
-    for section, kind in (*zip(KINDS, KINDS, strict=True), ("coupling", "objective")):
-        values, known = overlay.get(section), KINDS[kind][0]
+    for section, by in {**{section: section for section in KINDS}, "coupling": "objective"}.items():
+        values, known = overlay.get(section), KINDS[by][0]
         if isinstance(values, dict):
             common = {name: value for name, value in values.items() if name not in known}
-            overlay[section] = common | values.get(names[kind], {})
+            overlay[section] = common | values.get(names[by], {})
     return overlay
 
 

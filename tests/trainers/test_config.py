@@ -220,6 +220,9 @@ def test_an_overlay_is_read_after_the_recipe_and_before_all_other_options(tmp_pa
     recipe = config.load(["ddim-digits", "--train.steps", "7", "--overlay", str(path)])
     assert (recipe.model.width, recipe.model.depth) == (8, 2)
     assert (recipe.train.steps, recipe.train.seed, recipe.optimizer.warmup_steps) == (7, 4, 50)
+    path.write_text("coupling: {ddim: {method: stable}, consistency: {method: sliced}}")
+    both = config.load(["ddim-digits", "--overlay", "smoke", "--overlay", str(path)])
+    assert (both.coupling.method, both.train.steps) == ("stable", 3)
     path.write_text("train: {stepz: 9}")
     with pytest.raises(config.RecipeError, match=r"stepz.*did you mean 'train.steps'"):
         config.load(["ddim-digits", "--overlay", str(path)])
