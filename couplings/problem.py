@@ -356,7 +356,8 @@ class Problem:
             rows, columns = blocks.rows[start : start + size], blocks.columns[start : start + size]
             block = None if cost is None else cost[used : used + size * size].view(size, size)
             used += size * size
-            if size == 1:  # paired with the only noise of its class, whatever the method
+            # Paired with the only noise of its class, whatever the method; that this is forbidden, the method says.
+            if size == 1 and not (method.forbids and block is not None and bool(block.isposinf())):
                 parts.append(Assignment(rows.new_zeros(1), 0.0))
             else:
                 parts.append(self._solve_part(method, block, given, options, rows, columns))

@@ -107,8 +107,8 @@ def quantized(values: Tensor, name: str | None, *, largest: Tensor | None = None
         return Operand(torch.where(values.isinf(), values, finite).to(dtype), values.new_ones(()))
     if largest is None:
         largest = largest_magnitude(values)
-    # A peak of a few denormals would give a scale of zero and the division below infinity.
-    scale = torch.where(largest > 0, (largest / limit).clamp_min(torch.finfo(values.dtype).tiny), 1.0)
+    # A peak of a few denormals would give a scale of zero and the division below infinity. NaN stays: codes have none.
+    scale = torch.where(largest == 0, 1.0, (largest / limit).clamp_min(torch.finfo(values.dtype).tiny))
     scaled = (values / scale).clamp_(-limit, limit)
     return Operand((scaled.round_() if dtype is torch.int8 else scaled).to(dtype), scale)
 

@@ -1,8 +1,8 @@
 """Checkpoints: tensors in safetensors, everything else in JSON, whole or not there at all.
 
 A checkpoint is a folder ``step-<N>``. It is written under another name, flushed to disk and then
-renamed, so a reader never sees half of one; ``state.json`` holds a checksum of every other file, so
-damage done later is noticed too. Nothing is pickled.
+renamed, so a reader never sees half of one; ``state.json`` holds a checksum of every other file and of
+itself, so damage done later is noticed too. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def save(
             (partial / name).write_text(text)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         document = {"step": step, "files": files, **state}
+        document["checksum"] = _checksum(document)
         (partial / "state.json").write_text(json.dumps(document, indent=1))
         for path in (*partial.iterdir(), partial):
             _flush(path)
@@ -109,7 +110,11 @@ def read(folder: Path) -> Checkpoint:
             if _sha256(folder / name) != digest:
                 msg = f"{folder}: {name} does not match its checksum"
                 raise CheckpointError(msg)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        checksum = state.pop("checksum", None)
+        if checksum not in (None, _checksum(state)):  # older checkpoints have none
+            msg = f"{folder}: state.json does not match its checksum"
+            raise CheckpointError(msg)
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:  # whatever JSON it may hold
         msg = f"{folder}: incomplete checkpoint ({type(error).__name__}: {error})"
         raise CheckpointError(msg) from None
     return Checkpoint(folder, state["step"], state)
@@ -171,6 +176,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -151,6 +151,8 @@ class StableDiffusion:
     pretrained: str = "CompVis/stable-diffusion-v1-4"
     """Folder or hub name of a Stable Diffusion pipeline whose autoencoder, text encoder and tokenizer are used, frozen.
     ``tiny-random`` makes small random ones, for trying things out."""
+    revision: str | None = None
+    """Commit, tag or branch of a pipeline of the hub; null is its newest, which may change."""
     frozen_precision: Literal["fp32", "fp16"] = "fp32"
     """Number format of the frozen networks."""
     caption: Literal["empty", "class"] = "empty"
@@ -302,6 +304,8 @@ class ConditionUnet(Network):
     pretrained: str | None = None
     """Folder or hub name of a pipeline to start from; its sizes then replace those given here. Null starts from random
     weights."""
+    revision: str | None = None
+    """Commit, tag or branch of a pipeline of the hub; null is its newest, which may change."""
     channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     """Channels of each resolution level; all levels but the last attend to the caption."""
     layers_per_block: int = 2
@@ -330,6 +334,8 @@ class Data:
     hub data sets by short names."""
     split: str = "train"
     """Split of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; null is its newest, which may change."""
     streaming: bool = False
     """Read a ``folder`` or hub data set from beginning to end, without storing it first. Every process reads all of it
     and decodes its own rows; resuming passes over the rows that the epoch has had."""
@@ -362,6 +368,8 @@ class Data:
         expected = " or ".join(known) + closest(kind, [*PLAIN_SOURCES, *PLACED_SOURCES])
         expect(kind in (PLACED_SOURCES if place else PLAIN_SOURCES), "data.source", self.source, expected)
         held = kind in ("digits", "photo-crops", "idx")
+        pinned = self.revision is not None
+        expect(not (pinned and (held or kind == "folder")), "data.revision", self.revision, f"null for {self.source}")
         expect(not (held and self.streaming), "data.streaming", True, f"false for data.source = {self.source}")
         share = self.subset_fraction
         expect(0 < share <= 1, "data.subset_fraction", share, "a share above 0, at most 1")
@@ -437,7 +445,12 @@ class CouplingSection:
             return
         known = DATASET_METHODS[self.method]
         for name, value in self.options.items():
-            expect(name in known, f"coupling.options.{name}", value, f"only {' and '.join(known)} for {self.method}")
+            expect(
+                isinstance(name, str) and name in known,
+                f"coupling.options.{name}",
+                value,
+                f"only {' and '.join(known)} for {self.method}",
+            )
             number = isinstance(value, int | float) and not isinstance(value, bool)
             fits = {
                 "potentials": value is None or isinstance(value, str),
@@ -650,7 +663,7 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
         output = Path(values.output or f"runs/{path.stem}")
         return Recipe(path.stem, **sections, output=output, resume=values.resume == "auto", plan=values.plan)
     except (ArgumentError, RecipeError) as error:
-        message = str(error).strip()
+        message = " ".join(str(error).split())
         msg = f"{path}: {message}{_suggestion(message, parser)}"
         raise RecipeError(msg) from None
 
@@ -677,8 +690,8 @@ def _find(name: str, folder: Path, what: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        msg = f"{path}: not valid YAML: {error}"
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or no such date
+        msg = f"{path}: not valid YAML: {' '.join(str(error).split())}"
         raise RecipeError(msg) from None
     if not isinstance(raw, dict):
         msg = f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(raw).__name__}"
@@ -693,7 +706,7 @@ def _kinds(path: Path) -> dict[str, type]:
         value = raw.get(section)
         name = value.get("name") if isinstance(value, dict) else value
         expected = f"one of {', '.join(known)}{closest(str(name), known)}"
-        expect(name in known, f"{path}: {section}.name", name, expected)
+        expect(isinstance(name, str) and name in known, f"{path}: {section}.name", name, expected)
         kinds[section] = known[name]
     return kinds
 
@@ -720,7 +733,7 @@ def _overlay_first(argv: list[str], kinds: dict[str, type]) -> list[str]:
     Fields of ``objective`` and ``model`` may also stand under the name of the kind they are for, so that one file
     fits every recipe.
     """
-    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     option.add_argument("--overlay")
     named, rest = option.parse_known_args(argv)
     if named.overlay is None:

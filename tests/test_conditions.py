@@ -190,6 +190,17 @@ def test_noise_with_classes_of_its_own_goes_to_data_of_its_class(info):
         assert coupled.cost.item() == pytest.approx(optimum(cost), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["auction", "hungarian", "lapjv", "emd", "greedy", "stable"])
+def test_a_class_of_one_row_whose_only_pair_is_forbidden_is_refused(method):
+    skip_without(next(iter(couplings.methods(method))))
+
+    def metric(x, y):
+        return torch.cdist(x, y).index_put((torch.tensor(2), torch.tensor(2)), torch.tensor(float("inf")))
+
+    with pytest.raises(ValueError, match="1 of 1 rows cannot be matched"):
+        couple(gaussian(5, 3), gaussian(5, 3), method, metric=metric, condition=torch.tensor([0, 0, 1, 2, 2]))
+
+
 def test_noise_tagged_as_the_data_is_the_default():
     data, noise, labels, features = gaussian(18, 4), gaussian(18, 4, seed=1), torch.arange(18) % 3, gaussian(18, 2)
     for condition in (labels, features):

@@ -122,6 +122,17 @@ def test_values_that_are_not_finite_are_swallowed(bad, side):
     assert linear_sum_assignment(planted.numpy())[1].size == 8, "which goes through in silence"
 
 
+@pytest.mark.parametrize("quantize", couplings.quantizers())
+def test_rounding_to_codes_hides_values_that_are_not_finite(quantize):
+    data, noise = images(8), gaussian(8, 3, 32, 32)
+    noise[3, 1, 2, 2] = float("nan")
+    for metric in ("sqeuclidean", "cosine", torch.cdist):
+        with pytest.raises(ValueError, match=r"not finite|NaN"):
+            couple(data, noise, metric=metric, quantize=quantize)
+    planted = noise.to(torch.int8)  # NaN has no code
+    assert planted.float().isfinite().all(), "which goes through in silence"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n", [2, 64])
 def test_distances_computed_in_half_precision(n, dtype):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import brute_force, distances, paired
+from oracles import brute_force, distances, paired, rows_of
 
 from couplings import Coupling, couple
 from couplings.testing import (
@@ -420,3 +420,10 @@ for name in ("translations", "planted_permutations", "sorted_1d", "convex_gradie
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_rows_are_seen_through_any_strides_and_types():
+    column = torch.arange(6.0).reshape(2, 3).T[:, :1]  # an axis of one element, with a stride of its own
+    assert rows_of(column) == rows_of(column.clone(memory_format=torch.contiguous_format))
+    assert rows_of(torch.tensor(1.5, dtype=torch.bfloat16)) == rows_of(torch.tensor([1.5], dtype=torch.bfloat16))
+    assert check_coupler(lambda data, noise: noise.T.contiguous().T, data=torch.zeros(32, 1)).passed

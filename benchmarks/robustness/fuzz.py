@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ..child import Child, Ended
 from ..contenders import exact
 from ..instances import HARD
-from .trial import Outcome, sized
+from .trial import Outcome, Verdict, judged, sized
 
 # The first two are the kernel itself, with its bound: as it is, and as it solves what is too large for dense paths.
 METHODS = ("solver", "engine", "auction", "hungarian", "lapjv", "emd")
 WIDE = 64  # columns from which on the engine of large problems works: more than its lists hold
-PATIENCE = 10.0  # seconds for one answer
-START = 300.0  # seconds for imports and compilation
+PATIENCE = 120.0  # seconds for one problem, and for what it compiles
 PROBLEMS = 100_000
 
 Matrix = np.ndarray[Any, Any]
@@ -118,50 +115,23 @@ def failures(cost: Matrix, answers: dict[str, Answer]) -> dict[str, str]:
     return wrong
 
 
-def _serve(connection: Any) -> None:
-    import torch
-
-    import couplings
-
-    torch.set_num_threads(1)
-    couplings.warmup()
-    connection.send(None)
-    with contextlib.suppress(EOFError):  # the one who asked has ended
-        while True:
-            method, *which = connection.recv()
-            connection.send(answer(method, problem(*which)[1]))
-
-
-def ask(child: Child, method: str, seed: int, kinds: tuple[str, ...]) -> Answer:
-    """Let the child solve a problem, or say why it did not."""
-    try:
-        if not child.running:
-            child.start()
-            child.receive(START)
-        child.send((method, seed, kinds))
-        return child.receive(PATIENCE)
-    except Ended as error:
-        return "failed", str(error), 0.0
+def judge_seed(seed: int) -> Verdict:
+    """Solve problem number `seed` with every method that takes it."""
+    kind, cost = problem(seed)
+    # Couplings are of as many rows as columns.
+    square, wide = cost.shape[0] == cost.shape[1], cost.shape[1] >= WIDE
+    methods = [name for name in METHODS if {"solver": True, "engine": wide}.get(name, square)]
+    answers = {method: answer(method, cost) for method in methods}
+    wrong = failures(cost, answers)
+    if wrong:
+        told = "; ".join(f"{method}: {what}" for method, what in wrong.items())
+        return "lost", f"{kind} of shape {cost.shape}: {told}"
+    return ("refused" if all(status == "refused" for status, *_ in answers.values()) else "right"), kind
 
 
-def solve(share: float, methods: tuple[str, ...] = METHODS, kinds: tuple[str, ...] = tuple(KINDS)) -> Outcome:
+def solve(share: float) -> Outcome:
     """Solve the first of 100,000 problems with every method; seed and number of a problem are the same."""
-    problems, answered, lost = sized(PROBLEMS, share), 0, []
-    refused, solved = Counter(), Counter()
-    with Child(_serve) as child:
-        for seed in range(problems):
-            kind, cost = problem(seed, kinds)
-            # Couplings are of as many rows as columns.
-            square, wide = cost.shape[0] == cost.shape[1], cost.shape[1] >= WIDE
-            asked = [name for name in methods if {"solver": True, "engine": wide}.get(name, square)]
-            answers = {method: ask(child, method, seed, kinds) for method in asked}
-            for method, what in failures(cost, answers).items():
-                lost.append(f"seed {seed}, {kind} of shape {cost.shape}, {method}: {what}")
-            refused.update(f"{method}, {kind}" for method, (status, *_) in answers.items() if status == "refused")
-            solved[kind] += 1
-            answered += len(answers)
-    counts = {"refused": dict(sorted(refused.items())), "solved": dict(sorted(solved.items()))}
-    return Outcome.of(answered, lost, problems=problems, methods=list(methods), **counts)
+    return judged(judge_seed, range(sized(PROBLEMS, share)), PATIENCE)
 
 
 PARTS = {"fuzz": solve}

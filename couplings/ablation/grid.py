@@ -99,7 +99,11 @@ class Point:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Point:
-        """Rebuild what `to_dict` wrote, out of a record that holds more."""
+        """Rebuild what `to_dict` wrote, out of a record that holds more; a ValueError if it holds less."""
+        missing = [name for name in cls.__dataclass_fields__ if name not in plain]
+        if missing:
+            msg = f"a record has no {', '.join(missing)}. Is it one of couplings ablate?"
+            raise ValueError(msg)
         return cls(**{name: plain[name] for name in cls.__dataclass_fields__})
 
     @property

@@ -68,7 +68,12 @@ def write(
     OSError
         If a file cannot be read or written, or exists without `force`.
     """
-    made = sections(paths)
+    try:
+        made = sections(paths)
+    except (AttributeError, LookupError, TypeError) as error:  # fields that another program, or damage, filled
+        told = f"{', '.join(map(str, paths))}: a field holds what couplings ablate does not write"
+        msg = f"{told} ({type(error).__name__}: {error})."
+        raise ValueError(msg) from error
     files: dict[Path, bytes] = {}
     if html is not None:
         files[html] = pages.page(title, made).encode()

@@ -3,6 +3,10 @@
 Bonneel et al. (2011), Displacement interpolation using Lagrangian mass transport, doi:10.1145/2070781.2024192.
 """
 
+import random
+from functools import cache
+from types import ModuleType
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,10 +41,7 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
     if max_iterations < 1:
         msg = f"max_iterations= must be at least 1, got {max_iterations}."
         raise ValueError(msg)
-    try:
-        import ot
-    except ImportError as error:
-        raise missing_extra(__name__, package="POT", extra="pot") from error
+    ot = _pot()
     mass = np.ones(cost.shape[1])  # unit masses, not 1/n: the flows of a vertex are then exactly 0 or 1
 
     def solver(reduced: Matrix) -> tuple[Vector, Vector]:
@@ -51,3 +52,16 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
         return flow.argmax(1), log["v"]
 
     return solve(cost, solver, 50 - len(mass).bit_length(), "emd")
+
+
+@cache
+def _pot() -> ModuleType:
+    """Import POT, which by what it imports draws from the global random state."""
+    state = random.getstate()
+    try:
+        import ot
+    except ImportError as error:
+        raise missing_extra(__name__, package="POT", extra="pot") from error
+    finally:
+        random.setstate(state)
+    return ot  # type: ignore[no-any-return]

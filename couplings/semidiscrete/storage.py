@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, An
     described = json.dumps({"kind": kind, "format": _FORMAT, **about})
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_atomically(path, force=True) as file:
-        file.write(save(held, {"couplings.semidiscrete": described}))
+        file.write(save(held, {"couplings.semidiscrete": described, "checksum": _checksum(described, held)}))
 
 
 def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,12 +54,24 @@ def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tenso
         raise FileNotFoundError(msg)
     try:
         with safe_open(path, framework="pt") as archive:
-            about = json.loads(archive.metadata()["couplings.semidiscrete"])
+            described, checksum = archive.metadata()["couplings.semidiscrete"], archive.metadata().get("checksum")
+            about = json.loads(described)
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
         if about["kind"] != kind or about["format"] != _FORMAT or any(name not in tensors for name in names):
             msg = f"holds a {about['kind']} of format {about['format']}"
+            raise ValueError(msg)
+        if checksum is not None and checksum != _checksum(described, tensors):  # files of 0.1 have none
+            msg = "its content does not match its checksum"
             raise ValueError(msg)
     except Exception as error:
         msg = f"{path} is no {kind} of couplings.semidiscrete, or it is damaged ({type(error).__name__}: {error})."
         raise ValueError(msg) from error
     return tensors, about
+
+
+def _checksum(described: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

@@ -54,10 +54,10 @@ def brute_force(cost: Tensor) -> float:
 
 def rows_of(x: Any) -> list[bytes]:
     """Rows as bytes: equal only bit for bit."""
-    x = torch.as_tensor(x).detach().contiguous()
-    if x.ndim == 0 or x.numel() == 0:
-        return [x.numpy().tobytes()]
-    return [row.tobytes() for row in x.reshape(len(x), -1).view(torch.uint8).numpy()]
+    # A clone: `contiguous` keeps odd strides of axes of one element, which no bytes can be seen through.
+    x = torch.as_tensor(x).detach().clone(memory_format=torch.contiguous_format)
+    x = x.reshape(1, -1) if x.ndim == 0 or x.numel() == 0 else x.reshape(len(x), -1)
+    return [row.tobytes() for row in x.view(torch.uint8).numpy()]
 
 
 def multiset(x: Any) -> Counter[bytes]:

@@ -210,3 +210,20 @@ def test_a_report_of_failures_shows_them(files):
     assert made["Skipped, failed or warned"].tables[0].frame["reason"].tolist() == [
         "failed: RuntimeError: <out of luck>"
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ...}, "a record has no labels. Is it one of couplings ablate"),
+        ({"options": 3}, "a field holds what couplings ablate does not write"),
+        ({"drift": 3}, "a field holds what couplings ablate does not write"),
+    ],
+)
+def test_records_that_are_not_those_of_an_ablation_are_refused(tmp_path, change, message):
+    record = {"task": "quality", "data": "crops32", "labels": None, "n": 8, "method": "auction", "metric": "l2"}
+    record |= {"quantize": None, "condition": None, "scope": "local", "ranks": 1, "seed": 0, "options": {}} | change
+    kept = {name: value for name, value in record.items() if value is not ...}
+    (tmp_path / "records.jsonl").write_text(json.dumps({**kept, "reduction": 0.1, "marginal": "permutation"}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        write([tmp_path / "records.jsonl"], tmp_path / "page.html")

@@ -1,6 +1,7 @@
 """Exact methods that are built on other packages: right or an error, and never without end."""
 
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,12 @@ def test_the_limit_of_the_network_simplex_is_an_error():
     cost = torch.rand(60, 60, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="max_iterations=3"), pytest.warns(UserWarning, match="numItermax"):
         emd.assign(cost, max_iterations=3)
+
+
+def test_importing_pot_leaves_the_global_random_state(tmp_path, monkeypatch):
+    (tmp_path / "ot.py").write_text("import random\n\ndrawn = random.random()\n")  # as what POT imports does
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ot", raising=False)
+    before = random.getstate()
+    assert 0 <= emd._pot.__wrapped__().drawn < 1
+    assert random.getstate() == before

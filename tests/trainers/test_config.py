@@ -45,14 +45,31 @@ def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, messag
         ("objective: {name: ddim}\nmodel: {name: mlp, widht: 3}", "did you mean 'model.width'"),
         ("[1, 2]", "expected sections"),
         ("a: [", "not valid YAML"),
+        ("objective: {name: [ddim]}", r"objective.name: got \['ddim'\], expected one of"),
+        ("a: 2020-99-99", "not valid YAML: month must be in"),
+        ("\udcff", "not valid YAML: 'utf-8' codec"),
+        ("a: !!python/object/apply:os.mkdir [executed]", "could not determine a constructor"),
     ],
 )
-def test_a_bad_recipe_file_is_refused(tmp_path, text, message):
+def test_a_bad_recipe_file_is_refused(tmp_path, text, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(config.RecipeError, match=message) as error:
         config.load([str(path)])
     assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--overlay"], "expected one argument"), (["--train", "*a"], "found undefined alias")],
+)
+def test_bad_options_are_refused_in_one_line(arguments, message):
+    with pytest.raises(config.RecipeError, match=message) as error:
+        config.load(["ddim-digits", *arguments])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [name for name in config.bundled() if name.endswith("-digits")])
@@ -133,3 +150,10 @@ def test_the_demo_and_the_default_show_where_coupling_gains_and_where_it_may_los
     steps = [1, 2, 5, 10, 20, 50]
     assert config.Evaluate().steps == steps
     assert {tuple(arm.recipe().evaluate.steps) for arm in demo.arms(tmp_path, "v_prediction", [])} == {tuple(steps)}
+
+
+@pytest.mark.parametrize("source", ["digits", "folder:pictures", "idx:mnist"])
+def test_a_revision_is_of_the_hub(source):
+    with pytest.raises(config.RecipeError, match=rf"data.revision: got 'v1', expected null for {source}"):
+        config.Data(source, revision="v1")
+    assert config.Data("cifar10", revision="v1").revision == "v1"

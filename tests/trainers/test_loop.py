@@ -278,6 +278,26 @@ def test_a_run_is_not_overwritten(make):
         loop.train(make("ddim-digits"), progress=False)
 
 
+def test_a_damaged_state_of_a_checkpoint_is_refused_in_one_line(tmp_path):
+    folder = checkpoint.save(tmp_path, 7, {"model": {"w": torch.ones(2)}}, {"number": 4}, {})
+    document = folder / "state.json"
+    whole = document.read_bytes()
+    assert checkpoint.read(folder).state["number"] == 4
+    no_state = [b"[]", b"3", b'{"files": []}', b'{"step": 7, "files": {"model": 3}}', b"\xff", b""]
+    for damaged in (
+        whole.replace(b'"number": 4', b'"number": 5'),
+        whole.replace(b'"step": 7', b'"step": 6'),
+        *no_state,
+    ):
+        document.write_bytes(damaged)
+        with pytest.raises(checkpoint.CheckpointError, match=r"^[^\n]*(incomplete|checksum)[^\n]*$"):
+            checkpoint.read(folder)
+    older = json.loads(whole)
+    del older["checksum"]
+    document.write_text(json.dumps(older))
+    assert checkpoint.read(folder).step == 7
+
+
 def test_a_run_is_not_resumed_with_other_settings(make):
     loop.train(make("ddim-digits"), progress=False)
     with pytest.raises(loop.TrainingError, match=r"optimizer.lr: got 0.5, but .* began with 0.001"):
