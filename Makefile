@@ -8,7 +8,7 @@ ifdef VERSIONS
 export NUMBA_CACHE_DIR := $(CURDIR)/$(VENV)/numba
 endif
 
-.PHONY: demo docs test test-library test-trainers test-slow lint setup clean
+.PHONY: demo docs test test-library test-trainers test-slow lint audit setup clean
 
 # The libraries of the adapters; two of them without what they depend on, which would bring torchvision.
 setup: $(VENV)/.done
@@ -40,6 +40,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Needs the network, to look up what is known of the dependencies.
+audit: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check bandit pip-audit
+	$(BIN)/bandit -q -c pyproject.toml -r couplings integrations benchmarks
+	$(BIN)/pip-audit --skip-editable
 
 # The site, in build/docs/docs/index.html; every warning is an error.
 docs: setup

@@ -107,7 +107,7 @@ def _child(folder: Path, n: int, threads: tuple[int, ...], seconds: float, torch
     """Solve one matrix again and again within so many seconds for each way."""
     from couplings.kernels import solve
 
-    cost = np.load(folder / f"{n}.npy")
+    cost = np.load(folder / f"{n}.npy", allow_pickle=False)
     begun = time.perf_counter()
     for _ in range(2):
         solve(cost, threads=1)
@@ -167,7 +167,7 @@ def _child(folder: Path, n: int, threads: tuple[int, ...], seconds: float, torch
 def _scipy(folder: Path, n: int) -> dict[str, Any]:
     from scipy.optimize import linear_sum_assignment
 
-    cost, taken = np.load(folder / f"{n}.npy"), []
+    cost, taken = np.load(folder / f"{n}.npy", allow_pickle=False), []
     for _ in range(3):
         start = time.perf_counter()
         linear_sum_assignment(cost)

@@ -206,6 +206,8 @@ class StableDiffusion:
     pretrained: str = "CompVis/stable-diffusion-v1-4"
     """Folder or hub name of a Stable Diffusion pipeline whose autoencoder, text encoder and tokenizer are used, frozen.
     ``tiny-random`` makes small random ones, for trying things out."""
+    revision: str | None = None
+    """Commit, tag or branch of a pipeline of the hub; null is its newest, which may change."""
     frozen_precision: Literal["fp32", "fp16"] = "fp32"
     """Number format of the frozen networks."""
     caption: str = "empty"
@@ -405,6 +407,8 @@ class ConditionUnet(Network):
     pretrained: str | None = None
     """Folder or hub name of a pipeline to start from; its sizes then replace those given here. Null starts from random
     weights."""
+    revision: str | None = None
+    """Commit, tag or branch of a pipeline of the hub; null is its newest, which may change."""
     channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     """Channels of each resolution level; all levels but the last attend to the caption."""
     layers_per_block: int = 2
@@ -450,6 +454,8 @@ class Data:
     """Arguments of its constructor."""
     split: str = "train"
     """Split of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; null is its newest, which may change."""
     streaming: bool = False
     """Read a ``folder`` or hub data set from beginning to end, without storing it first. Every process reads all of it
     and decodes its own rows; resuming passes over the rows that the epoch has had."""
@@ -494,6 +500,8 @@ class Data:
         fits = own or kind in (PLACED_SOURCES if place else PLAIN_SOURCES)
         expect(fits, "data.source", self.source, expected)
         held = own or kind in ("digits", "photo-crops", "idx")
+        pinned = self.revision is not None
+        expect(not (pinned and (held or kind == "folder")), "data.revision", self.revision, f"null for {self.source}")
         expect(not (held and self.streaming), "data.streaming", True, f"false for data.source = {self.source}")
         share = self.subset_fraction
         expect(0 < share <= 1, "data.subset_fraction", share, "a share above 0, at most 1")

@@ -572,14 +572,15 @@ def _open(config: Data, kind: str, place: str) -> Any:
     import datasets
 
     if kind == "folder":
-        folder = os.fspath(Path(place))
-        return datasets.load_dataset("imagefolder", data_dir=folder, split="train", streaming=config.streaming)
+        options = {"data_dir": os.fspath(Path(place)), "split": "train", "streaming": config.streaming}
+        return datasets.load_dataset("imagefolder", **options)  # nosec B615: nothing is downloaded
     saved = Path(place)
     if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():  # by save_to_disk
         table = datasets.load_from_disk(place)
         table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
         return table.to_iterable_dataset() if config.streaming else table
-    return datasets.load_dataset(place, split=config.split, streaming=config.streaming)
+    split, streaming = config.split, config.streaming
+    return datasets.load_dataset(place, split=split, streaming=streaming, revision=config.revision)
 
 
 def _digest(*parts: Any) -> str:

@@ -44,10 +44,10 @@ class SemidiscretePairs(Pairs):
             if accelerator.is_main_process:
                 (self._fitted(data, labels) if plan is None else plan).save(kept)
                 if latents is not None:
-                    np.save(latents, data.numpy())
+                    np.save(latents, data.numpy(), allow_pickle=False)
         accelerator.wait_for_everyone()
         # Latents are kept: encoded again, on a GPU, they may differ in their last digits.
-        plan = self._read(kept, data if latents is None else np.load(latents, mmap_mode="r"))
+        plan = self._read(kept, data if latents is None else np.load(latents, mmap_mode="r", allow_pickle=False))
         batch = self.recipe.train.global_batch_size
         loader = plan.loader(self.source, batch, seed=self.recipe.train.seed, rank=0, world_size=1)
         # Of this epoch, and of the next one if it is loaded ahead.

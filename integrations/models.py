@@ -148,7 +148,8 @@ def _condition_unet(
     name = config.pretrained
     if name is not None:
         if not blank:
-            network = align(UNet2DConditionModel.from_pretrained(name, subfolder="unet")).train()
+            options = {"subfolder": "unet", "revision": config.revision}
+            network = align(UNet2DConditionModel.from_pretrained(name, **options)).train()
         elif name in VERSION_1:
             network = UNet2DConditionModel(cross_attention_dim=768)
         elif Path(name).is_dir():

@@ -153,7 +153,9 @@ def expect(recipe: Recipe) -> Expected:
     if rows is not None and data.subset_fraction < 1:
         rows = max(1, round(data.subset_fraction * rows))
     local = kind == "folder" or Path(name).exists()
-    where = f"folder {name}" if local else f"https://huggingface.co/datasets/{name} split {data.split}"
+    where = (
+        f"folder {name}" if local else f"https://huggingface.co/datasets/{name} split {data.split}{_at(data.revision)}"
+    )
     count = "a number of rows that is not known here" if rows is None else f"{rows:,} rows"
     if data.subset_fraction < 1:
         count += f" ({data.subset_fraction:.0%}, drawn with seed {data.subset_seed})"
@@ -176,13 +178,21 @@ def _counted(data: Data, kind: str, place: Path) -> tuple[int, int] | None:
     return len(images), len({image.parent for image in images})
 
 
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f" at {revision}"
+
+
 def _weights(recipe: Recipe) -> dict[str, str]:
     """Return what a run loads besides its data, and whether it is missing here."""
     pretrained = getattr(recipe.model, "pretrained", None)
-    pretrained = pretrained or recipe.train.init_from
-    found, files = {"network": pretrained or f"random, from train.seed {recipe.train.seed}"}, {}
+    found, files = {"network": f"random, from train.seed {recipe.train.seed}"}, {}
+    if pretrained:
+        found["network"] = f"{pretrained}{_at(recipe.model.revision)}"
+    elif recipe.train.init_from:
+        found["network"] = recipe.train.init_from
     if isinstance(recipe.objective, StableDiffusion):
-        found["pretrained"] = f"{recipe.objective.pretrained}: autoencoder, text encoder and tokenizer"
+        name = f"{recipe.objective.pretrained}{_at(recipe.objective.revision)}"
+        found["pretrained"] = f"{name}: autoencoder, text encoder and tokenizer"
     if getattr(recipe.objective, "loss", None) == "lpips":
         files["LPIPS"] = lpips.weights_path()
     if recipe.evaluate.features == "inception":

@@ -221,7 +221,7 @@ def blank_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel,
     name, folder = config.pretrained, Path(config.pretrained)
     if (folder / "vae" / "config.json").is_file():
         vae: Any = AutoencoderKL.load_config(folder / "vae")
-        text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        text = CLIPTextConfig.from_pretrained(folder / "text_encoder")  # nosec B615: nothing is downloaded
     elif name == "tiny-random":
         vae, text = TINY_AUTOENCODER, CLIPTextConfig(**TINY_TEXT)
     elif name in VERSION_1:
@@ -238,9 +238,10 @@ def load_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel, 
     name, dtype = config.pretrained, DTYPES[config.frozen_precision]
     if name == "tiny-random":
         return make_tiny()
-    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
-    text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype)
-    return vae, text_encoder, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+    revision = config.revision
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype, revision=revision)
+    text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, revision=revision)
+    return vae, text_encoder, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
 
 
 def make_tiny() -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:

@@ -160,7 +160,7 @@ class Call:
             return couple(self.data, self.noise, self.method, **choices, **self.given)
         coupling = Coupling(self.method, **choices)
         if self.way == "pickled":
-            coupling = pickle.loads(pickle.dumps(coupling))  # our own
+            coupling = pickle.loads(pickle.dumps(coupling))  # nosec B301: of bytes made here
         if self.way == "copied":
             plain = isinstance(self.method, str) and isinstance(self.metric, str)
             coupling = Coupling.from_dict(coupling.to_dict()) if plain else copy.deepcopy(coupling)

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["PATIENCE", "Child", "End", "context", "ended", "started"]
 
-PATIENCE = 120.0  # seconds after which a process is taken to hang
+PATIENCE = 600.0  # seconds after which a process is taken to hang; the first may compile on a busy machine
 
 
 @dataclass(frozen=True)

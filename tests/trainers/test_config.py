@@ -248,3 +248,10 @@ def test_the_demo_and_the_default_show_where_coupling_gains_and_where_it_may_los
     steps = [1, 2, 5, 10, 20, 50]
     assert config.Evaluate().steps == steps
     assert {tuple(arm.recipe().evaluate.steps) for arm in demo.arms(tmp_path, "v_prediction", [])} == {tuple(steps)}
+
+
+@pytest.mark.parametrize("source", ["digits", "folder:pictures", "idx:mnist"])
+def test_a_revision_is_of_the_hub(source):
+    with pytest.raises(config.RecipeError, match=rf"data.revision: got 'v1', expected null for {source}"):
+        config.Data(source, revision="v1")
+    assert config.Data("cifar10", revision="v1").revision == "v1"

@@ -245,3 +245,19 @@ def test_a_loading_process_that_is_killed_is_told_in_one_line(monkeypatch):
     said = r"a process that loads data has ended \(DataLoader worker \(pid 7\) is killed.*try fewer data.workers"
     with pytest.raises(DataError, match=said):
         list(load_source(Data()).blocks([Piece(0, 0, 2)], 0, workers=1))
+
+
+def test_a_hub_data_set_is_asked_for_at_its_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        msg = "offline"
+        raise OSError(msg)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for revision in (None, "0b2714987fa478483af9968de7c934580d0bb9a2"):
+        with pytest.raises(DataError, match="offline"):
+            load_source(Data("cifar10", revision=revision))
+        name, options = asked.pop()
+        assert (name, options["revision"]) == ("uoft-cs/cifar10", revision)

@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from couplings import couple
-from integrations import config, loop
+from integrations import config, loop, models, stable_diffusion
 from integrations.models import build_model
 from integrations.randomness import Draws
 from integrations.stable_diffusion import StableDiffusionObjective
@@ -145,3 +145,20 @@ def test_a_network_that_takes_captions_is_refused_where_there_are_none():
     recipe = config.load(["stable-diffusion-digits"])
     with pytest.raises(config.RecipeError, match=r"model.name: got 'condition_unet', expected mlp or convnext or unet"):
         dataclasses.replace(recipe, objective=config.Ddim())
+
+
+def test_pretrained_networks_are_asked_for_at_their_revision(monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["subfolder"], options["revision"]))
+        return torch.nn.Linear(1, 1)
+
+    kinds = [stable_diffusion.AutoencoderKL, stable_diffusion.CLIPTextModel, stable_diffusion.CLIPTokenizer]
+    for kind in [*kinds, models.UNet2DConditionModel]:
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    stable_diffusion.load_frozen(config.StableDiffusion(pretrained="some/pipeline", revision="abc"))
+    with pytest.raises(AttributeError):  # of what stands in for a network
+        models._condition_unet(config.ConditionUnet(pretrained="some/pipeline", revision="def"), 4, 8, 8, False)
+    revisions = {"vae": "abc", "text_encoder": "abc", "tokenizer": "abc", "unet": "def"}
+    assert asked == [("some/pipeline", folder, revision) for folder, revision in revisions.items()]
