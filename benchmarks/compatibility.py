@@ -69,7 +69,7 @@ def runs_table() -> str:
 
 def versions_table() -> str:
     """Lay out the versions of every package that was there in all runs."""
-    names = {name: suites["library"]["environment"]["versions"] for name, suites in committed().items()}
+    names = {name: [*suites.values()][-1]["environment"]["versions"] for name, suites in committed().items()}
     common = [package for package in next(iter(names.values())) if all(found.get(package) for found in names.values())]
     return markdown(["", *names], [[package, *(found[package] for found in names.values())] for package in common])
 

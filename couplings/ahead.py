@@ -8,6 +8,7 @@ several batches of the loader, whatever the batch size.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -183,10 +184,23 @@ def _new_group_like(group: Any) -> Any:
     import torch.distributed as dist
 
     ranks = dist.get_process_group_ranks(group)
-    # Of some ranks the others know nothing. torch then names the group by how many each of its ranks is in already,
-    # which is the same where groups were made alike on all of them.
-    of_some = len(ranks) < dist.get_world_size()
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=of_some)
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(ranks, backend="gloo")
+    # Of some ranks the others know nothing. From 2.14 on torch counts such a group on its own ranks alone, and names by
+    # that count the groups that all ranks make later: they would wait for each other for ever. It is put back.
+    world = dist.distributed_c10d._world
+    before = world.group_count
+    _made[tuple(ranks)] += 1
+    world.group_count = _UNCOUNTED + _made[tuple(ranks)]  # part of the name
+    try:
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    finally:
+        world.group_count = before
+
+
+# Groups made over some of the ranks, and a number that no process counts its groups up to.
+_made: Counter[tuple[int, ...]] = Counter()
+_UNCOUNTED = 1 << 30
 
 
 def _applied_over(group: Any, coupled: Coupled[Any]) -> Coupled[Any]:

@@ -29,10 +29,13 @@ def submit_in_a_group(case):
     rank = dist.get_rank()
     pair = dist.new_group([0, 1])
     data, noise, _ = case.share(rank)
-    if rank == 2:
-        return True
-    coupling = Coupling(scope="global", group=pair)
-    return torch.equal(coupling.submit(data, noise).result().index, coupling(data, noise).index)
+    done = True
+    if rank < 2:
+        coupling = Coupling(scope="global", group=pair)
+        done = torch.equal(coupling.submit(data, noise).result().index, coupling(data, noise).index)
+        done = done and len(list(lookahead([data] * 2, coupling, window=2, seed=0))) == 2
+    dist.barrier(dist.new_group())  # all make it, whatever groups the pair has made
+    return done
 
 
 def test_only_the_ranks_of_a_group_take_part(three_ranks):
