@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ PAIRINGS = {
     "semidiscrete": "semidiscrete",
 }
 BASE = "independent"
-COUPLED = [name for name in PAIRINGS if name != BASE]
 COLORS = dict(
     zip(
         PAIRINGS,
@@ -123,10 +122,10 @@ def committed(study: str) -> Results | None:
 
 
 def _rows(
-    results: Results, cells: Callable[[str, str], list[str]], pairings: Iterable[str] = PAIRINGS
+    results: Results, cells: Callable[[str, str], list[str]], keep: Callable[[str, str], bool] = lambda *_: True
 ) -> list[list[str]]:
     rows, before = [], None
-    for objective, pairing in (pair for pair in results.pairs() if pair[1] in pairings):
+    for objective, pairing in (arm for arm in results.pairs() if keep(*arm)):
         title = OBJECTIVES[objective] if objective != before else ""
         rows.append([title, PAIRINGS[pairing], *cells(objective, pairing)])
         before = objective
@@ -162,7 +161,7 @@ def changes(results: Results, objective: str, pairing: str) -> list[str]:
 
 def change_table(results: Results) -> str:
     """Lay out the changes of all objectives."""
-    return markdown(["", "noise", *results.ways], _rows(results, partial(changes, results), COUPLED))
+    return markdown(["", "noise", *results.ways], _rows(results, partial(changes, results), _coupled))
 
 
 def along_table(results: Results) -> str:
@@ -186,10 +185,16 @@ def pairs_table(results: Results) -> str:
 
 
 def readme_table(results: Results) -> str:
-    """Lay out the changes of flow matching."""
-    arms = [pairing for objective, pairing in results.pairs() if objective == "flow" and pairing != BASE]
-    rows = [[PAIRINGS[pairing], *changes(results, "flow", pairing)] for pairing in arms]
-    return markdown(["flow matching: change of the Frechet distance, at sampling steps", *results.ways], rows)
+    """Lay out the changes of flow matching, and those of DDIM by the batch and by the whole dataset."""
+
+    def keep(objective: str, pairing: str) -> bool:
+        return _coupled(objective, pairing) and (objective == "flow" or pairing in ("batch", "semidiscrete"))
+
+    return markdown(["at sampling steps", "noise", *results.ways], _rows(results, partial(changes, results), keep))
+
+
+def _coupled(objective: str, pairing: str) -> bool:
+    return pairing != BASE
 
 
 def _table(study: str, make: Callable[[Results], str]) -> str:

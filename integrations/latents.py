@@ -45,7 +45,7 @@ class StoredLatents(Images):
     def __init__(self, source: Images, folder: Path) -> None:
         self.shape, self.classes, self.texts = source.shape, source.classes, source.texts
         places = [folder / _name(first) for first in range(0, len(source), ROWS)]
-        self.files = [np.load(place, mmap_mode="r") for place in places]
+        self.files = [np.load(place, mmap_mode="r", allow_pickle=False) for place in places]
         rows = [json.loads(place.with_suffix(".json").read_text()) for place in places]
         self.labels = torch.tensor([label for part in rows for label in part["labels"]])
         self.columns = {name: [text for part in rows for text in part["texts"][name]] for name in self.texts}

@@ -36,7 +36,7 @@ def _images(name: str) -> tuple[Tensor, Tensor]:
     from integrations.data import load_source
 
     source = load_source(Data(source=name))
-    pixels, labels, _ = source[list(range(len(source)))]
+    pixels, labels, *_ = source[list(range(len(source)))]
     return pixels.float() / 127.5 - 1, labels
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -127,4 +128,5 @@ def _serve(log: Path, work: Callable[..., object], arguments: tuple[Any, ...]) -
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115  # for as long as the process lives
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     work(*arguments)

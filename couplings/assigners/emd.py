@@ -4,7 +4,7 @@ Bonneel et al. (2011), Displacement interpolation using Lagrangian mass transpor
 """
 
 import random
-from functools import cache
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -54,14 +54,14 @@ def assign(cost: Tensor, *, generator: torch.Generator | None = None, max_iterat
     return solve(cost, solver, 50 - len(mass).bit_length(), "emd")
 
 
-@cache
 def _pot() -> ModuleType:
-    """Import POT, which by what it imports draws from the global random state."""
-    state = random.getstate()
+    """Import POT, which by what it imports draws from the global random state, once."""
+    state = None if "ot" in sys.modules else random.getstate()
     try:
         import ot
     except ImportError as error:
         raise missing_extra(__name__, package="POT", extra="pot") from error
     finally:
-        random.setstate(state)
+        if state is not None:
+            random.setstate(state)
     return ot  # type: ignore[no-any-return]

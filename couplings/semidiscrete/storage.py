@@ -30,10 +30,12 @@ def write(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, An
 
     from couplings._files import written_atomically
 
-    described = json.dumps({"kind": kind, "format": _FORMAT, **about})
+    about = {"kind": kind, "format": _FORMAT, **about}
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry: safetensors writes several in an order that differs from run to run.
+    described = json.dumps({**about, "checksum": _checksum(about, held)})
     with written_atomically(path, force=True) as file:
-        file.write(save(held, {"couplings.semidiscrete": described, "checksum": _checksum(described, held)}))
+        file.write(save(held, {"couplings.semidiscrete": described}))
 
 
 def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,13 +56,13 @@ def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tenso
         raise FileNotFoundError(msg)
     try:
         with safe_open(path, framework="pt") as archive:
-            described, checksum = archive.metadata()["couplings.semidiscrete"], archive.metadata().get("checksum")
-            about = json.loads(described)
+            about = json.loads(archive.metadata()["couplings.semidiscrete"])
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
         if about["kind"] != kind or about["format"] != _FORMAT or any(name not in tensors for name in names):
             msg = f"holds a {about['kind']} of format {about['format']}"
             raise ValueError(msg)
-        if checksum is not None and checksum != _checksum(described, tensors):  # files of 0.1 have none
+        checksum = about.pop("checksum", None)
+        if checksum not in (None, _checksum(about, tensors)):  # older files have none
             msg = "its content does not match its checksum"
             raise ValueError(msg)
     except Exception as error:
@@ -69,8 +71,8 @@ def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tenso
     return tensors, about
 
 
-def _checksum(described: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(described.encode(), digest_size=16)
+def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())

@@ -10,6 +10,8 @@ import torch
 from benchmarks.robustness import concurrency
 from couplings import Coupling
 
+pytestmark = pytest.mark.slow  # processes that are started to be ended
+
 
 def test_shared_state_is_found_out_and_couplings_have_none():
     shared = {name: Coupling(name) for name in concurrency.METHODS}

@@ -98,8 +98,8 @@ def test_a_plan_from_a_file_is_used_and_kept(make, digits, tmp_path):
     kept = semidiscrete.Semidiscrete.load(output / "plan.safetensors")
     assert torch.equal(kept.potentials, plan.potentials)
     (tmp_path / "given.safetensors").unlink()  # a run that goes on has its own
-    longer = ["--train.steps", "8", "--optimizer.schedule", "constant", "--resume", "auto"]
-    with pytest.raises(loop.TrainingError, match=r"optimizer\.schedule"):
+    longer = ["--train.steps", "8", "--train.seed", "3", "--resume", "auto"]
+    with pytest.raises(loop.TrainingError, match=r"train\.seed"):
         loop.train(make("flow-matching-digits", *options, *longer), progress=False)
     loop.train(make("flow-matching-digits", *options, "--train.steps", "8", "--resume", "auto"), progress=False)
     assert [line[0] for line in trace(output)] == list(range(1, 9))

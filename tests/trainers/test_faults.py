@@ -10,6 +10,8 @@ import pytest
 from benchmarks.robustness import children, faults
 from benchmarks.robustness.victims import Victim, as_program
 
+pytestmark = pytest.mark.slow  # processes that are started to be ended
+
 
 def lines(folder):
     return (folder / "lines").read_text() if (folder / "lines").exists() else None
