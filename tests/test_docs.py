@@ -66,9 +66,10 @@ def digits(field):
     return statistics.fmean(field(record) for record in records)
 
 
-def pool(kind, *ways, pairing="semidiscrete"):
-    *most, last = (f"{pools_tables.committed('pools').change(kind, pairing, way)[0]:+.0%}" for way in ways)
-    return f"{', '.join(most)} and {last}" if most else last
+def pool(kind, way, listed="{}, {} and {}"):
+    results = pools_tables.committed("pools")
+    changes = (results.change(kind, pairing, way)[0] for pairing in ("batch", "window", "semidiscrete"))
+    return listed.format(*(f"{change:+.0%}".replace("-0%", "0%").replace("+0%", "0%") for change in changes))
 
 
 def explained(kind):
@@ -94,9 +95,10 @@ def choosing():
         f"by {gain(64)} at n = 64, {gain(128)} at n = 128, {gain(512)} at n = 512 and {gain(2048)} at n = 2048",
         f"64 rows by themselves gain {gain(64)}",
         f"2 x 64 together {gain(64, scope='global', ranks=2)} and 4 x 64 {gain(64, scope='global', ranks=4)}",
-        f"at 1, 10 and 50 sampling steps, by {pool('flow', '1', '10', '50')} with flow matching",
-        f"{pool('v', '1', '10', '50')} with v prediction and {pool('image', '1', '10', '50')} with image prediction",
-        f"flow matching loses: {pool('flow', 'dopri5')}",
+        "of one step changes by " + pool("flow", "1", "{} within 128 rows, {} within 2,048 (`lookahead`) and {} where"),
+        f"and by {pool('image', '1')} with image prediction",
+        f"At 50 steps the smaller pool is as good or better: ({pool('flow', '50')}) and ({pool('image', '50')})",
+        f"flow matching loses, by {pool('flow', 'dopri5')}",
         f"128 rows in four classes gain {gain(128, condition='class')}, and {gain(128)} across them",
         f"takes {milliseconds('couplings', 128)} where scipy takes {milliseconds('scipy', 128)} at n = 128",
         f"{milliseconds('couplings', 1024)} against {milliseconds('scipy', 1024, '.0f')} at n = 1024",
