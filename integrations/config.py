@@ -341,7 +341,7 @@ class Levels(Network):
         """Refuse images that cannot be halved once a level."""
         count = len(self.widths())
         factor = 2 ** (count - 1)
-        halved = f"a multiple of {factor}: the network halves the images {count - 1} times"
+        halved = f"a multiple of {factor}: the network halves the images {count - 1} time{'s' * (count > 2)}"
         expect(side % factor == 0, "data.resolution", side, halved)
 
 

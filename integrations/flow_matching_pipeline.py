@@ -6,7 +6,9 @@
 ``class_conditional.py`` travels with it.
 """
 
-# Types are written out, not postponed: diffusers before 0.37 reads those of __init__ as they are.
+# Types are written out, not postponed, and in the older form: diffusers before 0.37 reads those of __init__ so.
+from typing import Optional
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,7 +27,7 @@ class FlowMatchingPipeline(DiffusionPipeline):
         Classes that it can be told; None for an unconditional one.
     """
 
-    def __init__(self, unet: torch.nn.Module, classes: int | None = None) -> None:
+    def __init__(self, unet: torch.nn.Module, classes: Optional[int] = None) -> None:  # noqa: UP045
         super().__init__()
         self.register_modules(unet=unet)
         self.register_to_config(classes=classes)
