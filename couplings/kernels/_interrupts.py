@@ -19,9 +19,11 @@ def interruptible(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except SystemError as error:
-            if error.__cause__ is None or not str(error).endswith("returned a result with an exception set"):
+            cause: BaseException = error
+            while cause.__cause__ is not None and str(cause).endswith("returned a result with an exception set"):
+                cause = cause.__cause__
+            if cause is error:
                 raise
-            cause = error.__cause__
         raise cause.with_traceback(None) from None
 
     return cast(F, interrupted)

@@ -74,11 +74,11 @@ def test_a_thread_outlives_the_main_thread():
 
 def test_an_interrupt_in_a_kernel_is_raised_as_what_it_is(monkeypatch):
     def as_numba_does(*_):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as interrupt:
-            msg = "CPUDispatcher(<function defer>) returned a result with an exception set"
-            raise SystemError(msg) from interrupt
+        error = KeyboardInterrupt()
+        for name in ("<function unpickle>", "CPUDispatcher(<function defer>)"):  # one in the other, while it loads
+            before, error = error, SystemError(f"{name} returned a result with an exception set")
+            error.__cause__ = before
+        raise error
 
     data, noise = torch.rand(6, 2), torch.rand(6, 2)
     before = couple(data, noise, "greedy").index
