@@ -236,6 +236,7 @@ def solve_until_interrupted(folder: Path, method: str) -> None:
     generator = torch.Generator().manual_seed(0)
     data, noise = (torch.randn(2500, 16, generator=generator) for _ in range(2))
     expected = couple(data[:100], noise[:100], method).index
+    couple(data, noise, method)  # compiled: llvmlite drops a Ctrl-C that comes while it compiles
     try:
         (folder / "begun").touch()
         while True:
