@@ -47,6 +47,22 @@ def launched() -> int:
     return processes
 
 
+def check_joined(processes: int, joined: int) -> None:
+    """Refuse to work where fewer processes have joined than a launcher started.
+
+    Raises
+    ------
+    TrainingError
+        If so.
+    """
+    if joined != processes:
+        msg = (
+            f"the launcher started {processes} processes, but accelerate sees {joined}: "
+            "each would work alone and write the same files. Use a configuration of integrations/launch."
+        )
+        raise TrainingError(msg)
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that a launcher started, or be the only one.
 
@@ -70,12 +86,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=recipe.output,
         kwargs_handlers=[_ddp(train)],
     )
-    if accelerator.num_processes != processes:
-        msg = (
-            f"the launcher started {processes} processes, but accelerate sees {accelerator.num_processes}: "
-            "each would train alone and write the same files. Use a configuration of integrations/launch."
-        )
-        raise TrainingError(msg)
+    check_joined(processes, accelerator.num_processes)
     if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         msg = "train.mixed_precision: got 'fp16', which accelerate ignores on a CPU: expected 'bf16' or 'no'"
         raise RecipeError(msg)

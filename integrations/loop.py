@@ -55,17 +55,9 @@ FREE = {
     "data": {"workers"},
     "model": {"parameters"},
     "optimizer": {"lr", "warmup_steps", "schedule", "clip", "betas", "eps", "weight_decay"},
-    "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "compile"}
-    | {
-        "tracker_project",
-        "mixed_precision",
-        "tf32",
-        "gradient_checkpointing",
-        "channels_last",
-        "cudnn_benchmark",
-        "deterministic",
-        "ddp",
-    },
+    "train": {"steps", "log_every", "checkpoint_every", "keep_last", "sample_every", "tracker", "tracker_project"}
+    | {"compile", "mixed_precision", "tf32", "gradient_checkpointing", "channels_last", "cudnn_benchmark"}
+    | {"deterministic", "ddp"},
 }
 """What a run may go on with otherwise than it began: no weight, row or noise has another meaning for it."""
 

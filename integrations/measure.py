@@ -22,7 +22,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from . import checkpoint, config
 from .averages import group
-from .build import TrainingError, build_objective, launched
+from .build import build_objective, check_joined, launched
 from .config import Recipe, RecipeError
 from .data import Source, load_source, to_signed, to_uint8
 from .features import Classifier, Inception, train_classifier
@@ -82,12 +82,7 @@ def join() -> PartialState:
     """
     processes = launched()
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.num_processes != processes:
-        msg = (
-            f"the launcher started {processes} processes, but accelerate sees {state.num_processes}: each would "
-            "write the same results. Use a configuration of integrations/launch."
-        )
-        raise TrainingError(msg)
+    check_joined(processes, state.num_processes)
     return state
 
 

@@ -36,8 +36,8 @@ class Here:
 
     running = True
 
-    def __init__(self, serve, judge=None):
-        self.judge = judge or (lambda task: memory.run(*task))
+    def __init__(self, serve, judge):
+        self.judge = judge
 
     def __enter__(self):
         return self
@@ -85,7 +85,8 @@ def test_nothing_is_lost(part, monkeypatch):
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_is_lost_in_a_tenth_of_the_full_size(part):
     outcome = PARTS[part](0.1)
-    assert outcome.lost == 0, outcome.about["lost"]
+    assert outcome.lost == 0, outcome.about
+    assert outcome.tried or "skipped" in outcome.about
 
 
 def test_a_part_is_recorded_once_and_what_it_lost_is_the_exit_code(tmp_path, monkeypatch, capsys):

@@ -104,11 +104,3 @@ def breaks(folder, method):
 def test_an_interrupt_that_is_not_felt_or_does_harm_is_found_out(work, said):
     what = concurrency.interrupted(work, "", 1, 1.0 if work is does_not_listen else 10.0)
     assert (what is None) if said is None else (said in what)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", concurrency.PARTS)
-def test_nothing_is_lost(part):
-    outcome = concurrency.PARTS[part](0.01)
-    assert outcome.lost == 0, outcome.about
-    assert outcome.tried

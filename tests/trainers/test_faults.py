@@ -177,11 +177,3 @@ def says_that_the_other_has_died(folder, rank, how):
 def test_a_rank_that_hangs_when_the_other_is_killed_is_lost(work, said):
     what = faults.rank_killed(work, "", faults.random.Random(0), 1.5)
     assert (what is None) if said is None else (said in what)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", faults.PARTS)
-def test_nothing_is_lost(part):
-    outcome = faults.PARTS[part](0.01)
-    assert outcome.lost == 0, outcome.about
-    assert outcome.tried or "skipped" in outcome.about
