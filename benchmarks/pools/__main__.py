@@ -3,7 +3,7 @@
 Study "pools": flow matching and DDIM, trained with noise that is paired within the batch, over several batches or with
 the whole dataset, and sampled with few and many steps. Study "consistency": consistency training, published and
 improved. Each way of pairing is a process; all objectives and seeds of it are trained at once, on the same pairs. What
-is on record is skipped; a process that was ended begins again. ``python -m benchmarks.tables`` makes tables and plots.
+is on record is skipped, and a process that was ended goes on. ``python -m benchmarks.tables`` makes tables and plots.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         help="folder with train-images-idx3-ubyte and its labels, gzipped or not, or another data.source of recipes "
         "(default: the variable COUPLINGS_DATA)",
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/pools"), help="of classifier and plan (%(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/pools"), help="of classifier, plan, unfinished runs (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
     arguments, further = parser.parse_known_args(argv)
     if arguments.data is None:

@@ -46,6 +46,8 @@ class Study(ABC):
         The ways of pairing, to the objectives that are trained with them.
     recipes, objectives : dict
         By the names of the objectives. What is not of the objective is the same in all recipes.
+    target : (R, W) Tensor or None
+        The weights that follow those of the networks, where the objective has such.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Study(ABC):
     pairings: dict[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     training: tuple[str, ...] = ()
+    target: Tensor | None = None
 
     def __init__(self, source: Source, pairing: str, further: Sequence[str] = ()) -> None:
         self.recipes = {}
@@ -162,15 +165,14 @@ class Consistency(Study):
         if plain := self.objectives.get("ict-weights"):
             self.objectives["ict-weights"] = Alike(plain.config, plain.shape)
         self._first, *_ = self.objectives.values()
-        self._target: Stack | None = None
 
     def losses(self, stack: Stack, data: Tensor, noise: Tensor, draws: Draws) -> Tensor:
         """Return weighted distances of predictions at neighbouring levels."""
-        if self._target is None:
-            self._target = stack.holding(stack.values.detach().clone())
+        if self.target is None:
+            self.target = stack.values.detach().clone()
         mixed = self.mixed(data, noise, draws)
         with torch.no_grad():
-            target = self._first.denoise(self._target, mixed.cleaner, mixed.sigma_cleaner)
+            target = self._first.denoise(stack.holding(self.target), mixed.cleaner, mixed.sigma_cleaner)
         prediction = self._first.denoise(stack, mixed.noisier, mixed.sigma_noisier)
         parts = zip(*(x.chunk(len(self.objectives)) for x in (prediction, target)), strict=True)
         pairs = zip(self.objectives.values(), parts, strict=True)
@@ -180,7 +182,7 @@ class Consistency(Study):
         """Update the target's averages; improved consistency training takes the weights as they are."""
         count = len(self.objectives)
         for objective, ours, theirs in zip(
-            self.objectives.values(), self._target.values.chunk(count), stack.values.chunk(count), strict=True
+            self.objectives.values(), self.target.chunk(count), stack.values.chunk(count), strict=True
         ):
             decay = target_decay(objective.config, steps - 1) if objective.config.variant == "ct" else 0.0
             ours.lerp_(theirs.detach(), 1.0 - decay)

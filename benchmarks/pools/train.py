@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from . import pairs
 from .networks import Stack
 from .studies import STUDIES, Study
 
+SAVE_EVERY = 120  # seconds
 AT_ONCE = 1000  # rows of each network that are sampled at a time
 NOISE_SEED = 1_000_003  # of the noise that is sampled from, the same for all networks
 
@@ -81,7 +82,8 @@ def prepare(data: str, device: str, folder: Path) -> None:
 def run(task: Task) -> str:
     """Train and measure; return how it ended.
 
-    What is on record is not measured again.
+    What is on record is not measured again, and what a run that was ended has trained is not trained again: its pairs
+    are only counted off.
     """
     torch.set_num_threads(1)
     device = torch.device(task.device)
@@ -115,27 +117,35 @@ def run(task: Task) -> str:
     ]
     chi2 = semidiscrete.Semidiscrete.load(task.folder / pairs.PLAN).chi2 if task.pairing == "semidiscrete" else None
     trainer = Trainer(study, task.seeds, device)
+    kept = Kept(task.folder / f"{'-'.join([task.study, task.pairing, *map(str, task.seeds)])}.pt", list(keys.values()))
+    trained, spent = kept.give(trainer, not_after=wanted[0]["step"])
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=-(-trainer.recipe.evaluate.samples // count))
-    began, distance, since = time.perf_counter(), torch.zeros(len(streams), device=device), 0
+    began, distance, since = time.perf_counter() - spent, torch.zeros(len(streams), device=device), 0
     for step in range(1, train.steps + 1):
         if task.deadline is not None and time.time() > task.deadline:
-            return f"ended after {step - 1} steps: the time is over"
+            return f"ended after {trainer.steps} steps: the time is over"
         parts = [next(stream) for stream in streams]
         data, noise = (torch.stack(side) for side in zip(*parts, strict=True))
         recent.append((data, noise))
-        trainer.step(data.flatten(0, 1), noise.flatten(0, 1))
         distance += (data - noise).square().flatten(2).sum(2).mean(1)
         since += 1
+        if step > trained:
+            trainer.step(data.flatten(0, 1), noise.flatten(0, 1))
+            kept.take(trainer, time.perf_counter() - began, now=step in checkpoints)
         if step not in checkpoints:
             continue
         seconds, means = time.perf_counter() - began, (distance / since).tolist()
+        distance.zero_()
+        since = 0
+        if step < trained:
+            continue
         found = trainer.frechet(scores, *(torch.cat(side, 1) for side in zip(*recent, strict=True)))
         place = environment(1, None, VERSIONS) | {"device": _name(device)}
         for key in (key for key in wanted if key["step"] == step):
             about = {"distance": means[task.seeds.index(key["seed"])], "seconds": seconds, "chi2": chi2}
             append(task.records, key | about | {"frechet": found[key["objective"], key["seed"]], "environment": place})
-        distance.zero_()
-        began, since = time.perf_counter(), 0
+        began = time.perf_counter()
+    kept.path.unlink(missing_ok=True)
     return f"{train.steps} steps"
 
 
@@ -144,6 +154,40 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     values = settings(recipe)
     del values["coupling"], values["train"]["seed"]
     return values
+
+
+@dataclass
+class Kept:
+    """A file that training goes on from.
+
+    Attributes
+    ----------
+    path : Path
+    about : list
+        What is trained; a file about something else is not read.
+    at : float
+        When it was written, in seconds.
+    """
+
+    path: Path
+    about: list[dict[str, Any]]
+    at: float = field(default_factory=time.perf_counter)
+
+    def take(self, trainer: Trainer, seconds: float, *, now: bool) -> None:
+        """Keep what is trained, and the seconds since the last checkpoint: now, or if it is time."""
+        if now or time.perf_counter() > self.at + SAVE_EVERY:
+            part = self.path.with_suffix(".part")
+            torch.save({"about": self.about, "seconds": seconds, "trainer": trainer.state()}, part)
+            part.replace(self.path)
+            self.at = time.perf_counter()
+
+    def give(self, trainer: Trainer, *, not_after: int) -> tuple[int, float]:
+        """Return the steps that are trained, and the seconds since the last checkpoint: none if there is no file."""
+        kept = torch.load(self.path, map_location=trainer.device) if self.path.is_file() else None
+        if kept is None or kept["about"] != self.about or kept["trainer"]["steps"] > not_after:
+            return 0, 0.0
+        trainer.restore(kept["trainer"])
+        return trainer.steps, kept["seconds"]
 
 
 class Trainer:
@@ -189,6 +233,19 @@ class Trainer:
         decay, ramp = self.recipe.train.ema_decay, (1 + self.steps) / (10 + self.steps)
         self.average.lerp_(self.weights.detach(), 1 - (min(decay, ramp) if self.recipe.train.ema_ramp else decay))
         self.study.after_step(self.stack, self.steps)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that training changes."""
+        tensors = {"weights": self.weights.detach(), "average": self.average, "target": self.study.target}
+        return tensors | {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        with torch.no_grad():
+            self.weights.copy_(state["weights"])
+        self.average, self.steps = state["average"], state["steps"]
+        self.study.target = state["target"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
     def frechet(

@@ -157,7 +157,7 @@ def test_factors_of_consistency_training_differ_in_what_they_say(digits):
     trainer = train.Trainer(study, (0, 1), torch.device("cpu"))
     for _ in range(2):
         trainer.step(x[:32], z[:32])
-    behind = (study._target.values - trainer.weights).abs().amax(1)
+    behind = (study.target - trainer.weights).abs().amax(1)
     assert all(behind[:2] > 0)  # published: an average; improved: the weights themselves
     assert all(behind[2:] == 0)
 
@@ -199,6 +199,40 @@ def test_a_run_is_on_record_once_and_ends_in_time(tmp_path, digits):
     assert train.run(task) == "3 steps"
     assert read(records)[-1]["frechet"] == pytest.approx(found[-1]["frechet"])
     assert len(read(records)) == len(found)
+
+
+@pytest.mark.parametrize(("study", "lost"), [("pools", "step"), ("consistency", "step"), ("consistency", "frechet")])
+def test_a_run_that_was_ended_goes_on_and_records_the_same(study, lost, tmp_path, digits, monkeypatch):
+    Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
+    further = (*FURTHER, "--train.steps", "4")
+    tasks = [
+        train.Task(study, "batch", (0,), "digits", "cpu", tmp_path, tmp_path / name, None, further)
+        for name in ("whole.jsonl", "ended.jsonl")
+    ]
+    assert train.run(tasks[0]) == "4 steps"
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    plain, calls = getattr(train.Trainer, lost), []
+
+    def counted(self, *arguments):
+        calls.append(self.steps)
+        if len(calls) == {"step": 4, "frechet": 2}[lost]:  # in the last step, or when it is measured
+            raise KeyboardInterrupt
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, lost, counted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(tasks[1])
+    before = read(tmp_path / "ended.jsonl")
+    assert {record["step"] for record in before} == {2}
+    step, stepped = train.Trainer.step, []
+    monkeypatch.setattr(train.Trainer, "step", lambda self, *pair: (stepped.append(1), step(self, *pair)))
+    assert train.run(tasks[1]) == "4 steps"
+    assert len(stepped) == {"step": 1, "frechet": 0}[lost]
+    whole, ended = (read(tmp_path / name) for name in ("whole.jsonl", "ended.jsonl"))
+    assert [record["frechet"] for record in ended] == [record["frechet"] for record in whole]
+    assert [record["distance"] for record in ended] == [record["distance"] for record in whole]
+    assert not list(tmp_path.glob("*.pt"))
 
 
 @pytest.mark.gpu
