@@ -102,9 +102,10 @@ class Results:
         except KeyError:
             return pd.Series(dtype=float)
 
-    def change(self, objective: str, pairing: str, way: str) -> tuple[float, bool] | None:
+    def change(self, objective: str, pairing: str, way: str, step: int | None = None) -> tuple[float, bool] | None:
         """Return the change relative to independent noise over the seeds that both have, and whether all agree."""
-        both = pd.concat([self.at(objective, name, way) for name in (BASE, pairing)], axis=1, join="inner").dropna()
+        arms = [self.at(objective, name, way, step) for name in (BASE, pairing)]
+        both = pd.concat(arms, axis=1, join="inner").dropna()
         if both.empty:
             return None
         base, ours = both.mean()
@@ -171,6 +172,17 @@ def along_table(results: Results) -> str:
     return markdown(["", "noise", *(f"{step:,}" for step in results.steps)], rows)
 
 
+def longer_table(results: Results) -> str:
+    """Changes along training, for each way of sampling."""
+    rows = [
+        [way, PAIRINGS[pairing], *(percent(results.change(objective, pairing, way, step)) for step in results.steps)]
+        for way in results.ways
+        for objective, pairing in results.pairs()
+        if pairing != BASE
+    ]
+    return markdown(["sampling steps", "noise", *(f"{step:,}" for step in results.steps)], rows)
+
+
 def pairs_table(results: Results) -> str:
     """Lay out how near the pairs were."""
     frame = pd.DataFrame(results.records)
@@ -217,6 +229,9 @@ TABLES: dict[str, Callable[[], str]] = {
         for study in ("pools", "consistency")
         for name, make in _OF_A_STUDY.items()
     },
+    "longer-change": partial(_table, "longer", longer_table),
+    "longer-final": partial(_table, "longer", final_table),
+    "longer-place": partial(_table, "longer", _OF_A_STUDY["place"]),
 }
 
 

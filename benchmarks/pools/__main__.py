@@ -1,8 +1,8 @@
 """What the size of the pool does that noise is coupled in: ``python -m benchmarks.pools``.
 
 Study "pools": flow matching and DDIM, trained with noise that is paired within the batch, over several batches or with
-the whole dataset, and sampled with few and many steps. Study "consistency": consistency training, published and
-improved. Each way of pairing is a process; all objectives and seeds of it are trained at once, on the same pairs. What
+the whole dataset, and sampled with few and many steps. Study "longer": some of it over four times the training. Study
+"consistency": consistency training, published and improved. Each way of pairing is a process; all objectives and seeds of it are trained at once, on the same pairs. What
 is on record is skipped, and a process that was ended goes on. ``python -m benchmarks.tables`` makes tables and plots.
 """
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog="Fields of the recipes can be overridden: --train.steps 800, --evaluate.samples 500, ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--study", choices=STUDIES, nargs="+", default=list(STUDIES), help="(default: both)")
+    parser.add_argument("--study", choices=STUDIES, nargs="+", default=list(STUDIES), help="(default: all)")
     parser.add_argument("--pairings", choices=PAIRINGS, nargs="+", metavar="NAME", help="(default: the study's)")
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: the study's)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")

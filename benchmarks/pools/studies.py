@@ -129,6 +129,16 @@ class Pools(Study):
             yield "dopri5", adaptive.sample(stack, noise, 0)
 
 
+class Longer(Pools):
+    """Flow matching four times as long, to see whether a loss at many sampling steps is one of short training."""
+
+    name = "longer"
+    variants = {"flow": Pools.variants["flow"]}  # noqa: RUF012
+    pairings = dict.fromkeys(("independent", "semidiscrete", "batch"), tuple(variants))
+    steps = (1, 5, 50)
+    training = ("--train.steps", "6000", "--train.checkpoint_every", "1500", "--evaluate.samples", "2000")
+
+
 class Alike(ConsistencyObjective):
     """Improved consistency training that weights all levels alike."""
 
@@ -207,4 +217,4 @@ class Consistency(Study):
             yield f"data at {sigma}", denoise(data + sigma * paired, sigma)
 
 
-STUDIES = {study.name: study for study in (Pools, Consistency)}
+STUDIES = {study.name: study for study in (Pools, Longer, Consistency)}

@@ -201,6 +201,16 @@ def test_a_run_is_on_record_once_and_ends_in_time(tmp_path, digits):
     assert len(read(records)) == len(found)
 
 
+def test_flow_matching_alone_is_trained_longer(tmp_path, digits):
+    Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
+    records = tmp_path / "longer.jsonl"
+    assert STUDIES["longer"](digits, "batch").recipes["flow"].train.steps == 6000
+    assert train.run(train.Task("longer", "batch", (0,), "digits", "cpu", tmp_path, records, None, FURTHER)) == "3 steps"
+    assert [(r["objective"], r["step"], *r["frechet"]) for r in read(records)] == [
+        ("flow", step, "1", "5", "50", "dopri5") for step in (2, 3)
+    ]
+
+
 @pytest.mark.parametrize(("study", "lost"), [("pools", "step"), ("consistency", "step"), ("consistency", "frechet")])
 def test_a_run_that_was_ended_goes_on_and_records_the_same(study, lost, tmp_path, digits, monkeypatch):
     Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
@@ -283,6 +293,14 @@ def test_tables_show_the_best_in_bold_and_losses_as_they_are():
     assert "v prediction" not in pools_tables.readme_table(results)
     assert pools_tables.over_steps(results) is not None
     assert pools_tables.along(results) is not None
+
+
+def test_a_change_is_shown_along_training():
+    arms = [("independent", 100.0, 2), ("batch", 60.0, 2), ("independent", 50.0, 4), ("batch", 50.1, 4)]
+    records = [_record("flow", name, 0, {"1": value}, step) | {"settings": {}} for name, value, step in arms]
+    table = pools_tables.longer_table(pools_tables.Results(records))
+    assert table.splitlines()[0] == "| sampling steps | noise | 2 | 4 |"
+    assert table.splitlines()[2:] == ["| 1 | exact, 128 rows | -40% | 0% |"]
 
 
 def test_runs_with_different_settings_are_not_in_one_table():
