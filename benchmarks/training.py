@@ -9,6 +9,7 @@ other arms or seeds may run beside it. ``python -m benchmarks.tables`` makes tab
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -30,6 +31,7 @@ VERSIONS = (*PACKAGES[:5], "diffusers", "accelerate", "torchmetrics", "safetenso
 # fourth.
 SPARSE = ((10, 1), (20, 2))
 SPARSEST = 4
+CALLED = ("name", "method")  # what records say of a section in any case
 MEANS = ("loss", "reduction", "coupling_ms", "step_ms")  # of the steps since the checkpoint before
 
 # An arm is what is predicted, a dash, and how noise is paired: one of `PAIRINGS`, or a method with its options as
@@ -237,20 +239,34 @@ class Session:
 
 
 def settings(recipe: Any) -> dict[str, Any]:
-    """Return what decides the numbers of a checkpoint: the recipe without its places and without its length.
+    """Return what decides the numbers of a checkpoint: what the recipe says, without its places and its length.
 
-    With a constant learning rate a longer run begins with the shorter one, so that it may be continued.
+    What is as by default is left out, so that a field which recipes have one day leaves the records as they are. With a
+    constant learning rate a longer run begins with the shorter one, so that it may be continued.
     """
-    values = recipe.sections()
-    del values["output"], values["data"]["source"]
+    values = {name: _said(getattr(recipe, name)) for name in recipe.sections() if name != "output"}
     if (named := other_package(recipe.coupling.method)) is not None:
         values["coupling"]["plugin"] = named
     shorter = ["steps"] if recipe.optimizer.schedule == "constant" else []
-    for name in ("keep_last", "checkpoint_every", "log_every", *shorter):
-        del values["train"][name]
-    for name in ("steps", "batch_size"):
-        del values["evaluate"][name]
+    left_out = {
+        "data": ["source"],
+        "train": ["keep_last", "checkpoint_every", "log_every", *shorter],
+        "evaluate": ["steps", "batch_size"],
+    }
+    for section, names in left_out.items():
+        for name in names:
+            values[section].pop(name, None)
     return json.loads(json.dumps(values))  # as it will be read back
+
+
+def _said(section: Any) -> dict[str, Any]:
+    """Return the fields that are not as by default, and what the section is called by."""
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(section)
+    }
+    values = dataclasses.asdict(section)
+    return {name: value for name, value in values.items() if name in CALLED or value != defaults[name]}
 
 
 def steps_at(step: int, recipe: Any) -> list[int]:
