@@ -205,7 +205,9 @@ def test_flow_matching_alone_is_trained_longer(tmp_path, digits):
     Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
     records = tmp_path / "longer.jsonl"
     assert STUDIES["longer"](digits, "batch").recipes["flow"].train.steps == 6000
-    assert train.run(train.Task("longer", "batch", (0,), "digits", "cpu", tmp_path, records, None, FURTHER)) == "3 steps"
+    assert (
+        train.run(train.Task("longer", "batch", (0,), "digits", "cpu", tmp_path, records, None, FURTHER)) == "3 steps"
+    )
     assert [(r["objective"], r["step"], *r["frechet"]) for r in read(records)] == [
         ("flow", step, "1", "5", "50", "dopri5") for step in (2, 3)
     ]
