@@ -173,7 +173,7 @@ def along_table(results: Results) -> str:
 
 
 def longer_table(results: Results) -> str:
-    """Changes along training, for each way of sampling."""
+    """Lay out the changes along training, for each way of sampling."""
     rows = [
         [way, PAIRINGS[pairing], *(percent(results.change(objective, pairing, way, step)) for step in results.steps)]
         for way in results.ways

@@ -2,8 +2,9 @@
 
 Study "pools": flow matching and DDIM, trained with noise that is paired within the batch, over several batches or with
 the whole dataset, and sampled with few and many steps. Study "longer": some of it over four times the training. Study
-"consistency": consistency training, published and improved. Each way of pairing is a process; all objectives and seeds of it are trained at once, on the same pairs. What
-is on record is skipped, and a process that was ended goes on. ``python -m benchmarks.tables`` makes tables and plots.
+"consistency": consistency training, published and improved. Each way of pairing is a process; all objectives and seeds
+of it are trained at once, on the same pairs. What is on record is skipped, and a process that was ended goes on.
+``python -m benchmarks.tables`` makes tables and plots.
 """
 
 from __future__ import annotations
