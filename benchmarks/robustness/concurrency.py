@@ -149,10 +149,6 @@ ENDS = {
     "a fit in a thread": (
         "threading.Thread(target=lambda: semidiscrete.fit(data, steps=20, tolerance=10.0)).start(); time.sleep(wait)"
     ),
-    "daemons": (
-        "[threading.Thread(target=lambda: Coupling()(data, noise), daemon=True).start() for _ in range(3)]; "
-        "time.sleep(wait)"
-    ),
     "sys.exit": "pending = Coupling().submit(data, noise); time.sleep(wait); sys.exit(0)",
 }
 
