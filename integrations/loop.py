@@ -219,23 +219,21 @@ class Run:
         self.pairs.begin(output, found, self.accelerator)
         self._warm_up()
         if self.recipe.train.tracker:
-            # TensorBoard takes the name as a folder of the output, others as a project.
-            tracker, project = self.recipe.train.tracker, self.recipe.train.tracker_project
-            options = {
-                "tensorboard": {"purge_step": self.step + 1},  # what an interrupted run logged beyond its checkpoint
-                "wandb": {"name": output.name, "dir": str(output), "config": self.recipe.sections()}
-                | {"id": self._run_id(found is not None), "resume": "allow"},
-            }
-            self.accelerator.init_trackers(tracker if tracker == "tensorboard" else project, init_kwargs=options)
+            self._start_tracker(resumed=found is not None)
 
-    def _run_id(self, resumed: bool) -> str | None:
-        """Return the name under which Weights & Biases knows the run, kept in its folder; the first process asks it."""
-        if self.recipe.train.tracker != "wandb" or not self.accelerator.is_main_process:
-            return None
-        path = self.recipe.output / "wandb-id"
-        if not (resumed and path.is_file()):
-            path.write_text(secrets.token_hex(8))
-        return path.read_text()
+    def _start_tracker(self, resumed: bool) -> None:
+        """Start the tracker; a run that is resumed goes on in the same run of Weights & Biases, whose id it keeps."""
+        output, tracker, project = self.recipe.output, self.recipe.train.tracker, self.recipe.train.tracker_project
+        options: dict[str, Any] = {}
+        if tracker == "tensorboard":  # which takes the name of a folder of the output for that of a project
+            project, options = tracker, {"purge_step": self.step + 1}  # what was logged beyond the checkpoint
+        elif tracker == "wandb" and self.accelerator.is_main_process:
+            kept = output / "wandb-id"
+            if not (resumed and kept.is_file()):
+                kept.write_text(secrets.token_hex(8))
+            options = {"name": output.name, "dir": str(output), "config": self.recipe.sections()}
+            options |= {"id": kept.read_text(), "resume": "allow"}
+        self.accelerator.init_trackers(project, init_kwargs={tracker: options})
 
     def _choose_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Open the newest intact checkpoint that the first process finds; all must find it intact."""

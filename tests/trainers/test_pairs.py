@@ -122,7 +122,9 @@ def test_an_error_surfaces_in_the_step_that_it_belongs_to(make, monkeypatch, par
 
 
 @pytest.fixture
-def slow_method():
+def slow_method(monkeypatch):
+    monkeypatch.setattr(loop, "broken_promise", lambda coupling: None)  # it would couple often
+
     def slow(cost, *, generator=None):
         time.sleep(0.3)
         return torch.arange(len(cost))
