@@ -67,14 +67,17 @@ def join() -> PartialState:
         If the processes do not know of each other.
     """
     processes = launched()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    check_joined(processes, state.num_processes)
-    return state
+    check_joined(processes, _joined().num_processes)
+    return _joined()
+
+
+def _joined() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def share(count: int) -> range:
     """Return which of ``count`` rows this process works on: neighbouring ones, ranks in order."""
-    rank, processes = PartialState().process_index, PartialState().num_processes
+    rank, processes = _joined().process_index, _joined().num_processes
     return range(rank * count // processes, (rank + 1) * count // processes)
 
 
@@ -152,7 +155,7 @@ def draw_all(trained: Trained, steps: int, choices: Sequence[int | str] = ()) ->
     """Draw ``evaluate.samples`` samples as `draw` does; the first process shows how far it is, on standard error."""
     section = trained.recipe.evaluate
     total = -(-len(share(section.samples)) // section.batch_size)
-    bar = {"total": total, "console": Console(stderr=True), "disable": not PartialState().is_main_process}
+    bar = {"total": total, "console": Console(stderr=True), "disable": not _joined().is_main_process}
     return track(draw(trained, section.samples, steps, choices), f"{steps} steps", **bar)
 
 
@@ -245,7 +248,7 @@ class Scores:
     def _read(self, path: Path) -> bool:
         """Take the reference from a file, if the first process has it: it then holds all of it, the others nothing."""
         found = None
-        if PartialState().is_main_process and path.is_file():
+        if _joined().is_main_process and path.is_file():
             try:
                 found = load_file(path, str(self.device))
             except SafetensorError as error:
@@ -268,7 +271,7 @@ class Scores:
         if self.kid is not None:
             with self.kid.sync_context():
                 tensors["kept"] = torch.cat(self.kid.real_features).float()  # as the networks compute them
-        if not PartialState().is_main_process:
+        if not _joined().is_main_process:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
