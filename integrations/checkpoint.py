@@ -140,6 +140,23 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def find(path: Path) -> Checkpoint:
+    """Open a checkpoint folder, or the newest checkpoint of a run's folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is damaged.
+    """
+    if (path / "state.json").is_file():
+        return read(path)
+    found = newest(path / "checkpoints")
+    if found is None:
+        msg = f"{path}: no checkpoint; expected a run's folder or one of its checkpoints/step-<N>"
+        raise CheckpointError(msg)
+    return found
+
+
 def weights(path: Path) -> dict[str, Tensor]:
     """Load the weights of a network.
 
@@ -155,10 +172,7 @@ def weights(path: Path) -> dict[str, Tensor]:
         If there are none.
     """
     if (path / "state.json").is_file() or (path / "checkpoints").is_dir():
-        found = read(path) if (path / "state.json").is_file() else newest(path / "checkpoints")
-        if found is None:
-            msg = f"{path} has no intact checkpoint"
-            raise CheckpointError(msg)
+        found = find(path)
         return {**found.tensors("model"), **found.tensors("ema")}
     inside = [*(path / "unet").glob("*"), *path.glob("*")]
     files = [path] if path.is_file() else [file for file in inside if _WEIGHTS.fullmatch(file.name)]

@@ -26,8 +26,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 RECIPES = Path(__file__).parent / "recipes"
 LAUNCH = Path(__file__).parent / "launch"
 
-# --help shows the text below each field; a section may have fields named class_path and init_args.
-set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=["is_pure_dataclass"])
+# A section may have fields named class_path and init_args.
+set_parsing_settings(subclasses_enabled=["is_pure_dataclass"])
 
 
 class RecipeError(ValueError):
@@ -867,6 +867,8 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
         files = [raw, *(_overlay(overlay, names) for overlay in overlays)]
         for file in files:
             _give_way(file, asked)
+        # Only --help shows the text below each field: reading it takes longer than all else.
+        set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(rest))
         parser = _parser(kinds, f"{prog} {path}")
         _check_flags(rest, parser)
         read = [word for file in files for word in ("--recipe", yaml.safe_dump(file))]

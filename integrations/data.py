@@ -11,7 +11,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from couplings.ablation.files import read_idx
 
-from .config import HUB, Data, RecipeError
+from .config import HUB, Data, expect
 from .own import construct
 from .randomness import epoch_order
 
@@ -38,36 +37,6 @@ class Piece(NamedTuple):
     epoch: int
     first: int
     last: int
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Where in their epochs the blocks of a run lie, from one step to another.
-
-    Parameters
-    ----------
-    rows : int
-        Rows of an epoch; what is left over of it after whole steps is not used.
-    batch, size : int
-        Rows of a step and of one of its blocks.
-    blocks : range
-        The blocks of each step that are wanted.
-    steps : range
-        The steps.
-    """
-
-    rows: int
-    batch: int
-    size: int
-    blocks: range
-    steps: range
-
-    def __iter__(self) -> Iterator[Piece]:
-        for step in self.steps:
-            epoch, place = divmod(step, self.rows // self.batch)
-            for block in self.blocks:
-                first = place * self.batch + block * self.size
-                yield Piece(epoch, first, first + self.size)
 
 
 Text = str | list[str] | None
@@ -225,9 +194,7 @@ class Decoder:
         features = table.features or table._resolve_features().features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        if not images:
-            msg = f"data.source: got {config.source!r} with columns {list(features)}, expected a column of images"
-            raise RecipeError(msg)
+        expect(bool(images), "data.source", config.source, f"a column of images among its columns {list(features)}")
         self.image, self.label = images[0], labels[0] if labels else None
         self.classes: list[str] = list(features[self.label].names) if self.label else [""]
         # One text a row, or a list of them.
@@ -342,10 +309,7 @@ class StreamedImages(Source):
     def __init__(self, table: Any, config: Data) -> None:
         described = (table.info.splits or {}).get(str(table.split))
         self._rows = config.rows or (described.num_examples if described else None)
-        if not self._rows:
-            found = f"got null, but {config.source} does not say how many rows it has"
-            msg = f"data.rows: {found}; expected their number"
-            raise RecipeError(msg)
+        expect(bool(self._rows), "data.rows", config.rows, f"the number of rows, which {config.source} does not say")
         self.decoder = Decoder(table, config)
         self.shape, self.classes, self.texts = self.decoder.shape, self.decoder.classes, self.decoder.texts
 
@@ -439,9 +403,8 @@ class ItemImages(Images):
         image, label = self._item(0)
         self.shape = tuple(image.shape)
         self.classes = [str(name) for name in getattr(self.items, "classes", [])] or [""]
-        if label is not None and self.classes == [""]:
-            msg = f"data.class_path: {config.class_path} has labels, expected an attribute classes with their names too"
-            raise RecipeError(msg)
+        named = label is None or self.classes != [""]
+        expect(named, "data.class_path", config.class_path, "an attribute classes too, the names of its labels")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -491,10 +454,9 @@ def load_source(config: Data) -> Source:
         source = _idx(Path(place))
     else:
         source = _hub(config, kind, place)
-    if config.resolution is not None and source.shape[1:] != (config.resolution, config.resolution):
-        height, width = source.shape[1:]
-        msg = f"data.resolution: got {config.resolution}, but the images of {config.source} are {height} x {width}"
-        raise RecipeError(msg)
+    side, (_, height, width) = config.resolution, source.shape
+    fits = side is None or side == height == width
+    expect(fits, "data.resolution", side, f"null: the images of {config.source} are {height} x {width}")
     if config.class_names is not None:
         source.classes = _class_names(config, len(source.classes))
     if isinstance(source, Images) and config.subset_fraction < 1:
@@ -510,10 +472,8 @@ def _class_names(config: Data, classes: int) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         msg = f"data.class_names: cannot read {config.class_names}: {error}"
         raise DataError(msg) from error
-    if len(names) != classes:
-        found = f"{config.class_names} with {len(names)} lines"
-        msg = f"data.class_names: got {found}, expected one for each of the {classes} classes of {config.source}"
-        raise RecipeError(msg)
+    expected = f"a file of {classes} lines, one for each class of {config.source}, not of {len(names)}"
+    expect(len(names) == classes, "data.class_names", config.class_names, expected)
     return names
 
 

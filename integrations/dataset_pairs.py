@@ -17,7 +17,7 @@ from couplings import persistent, semidiscrete
 from couplings.noise import normal
 
 from .checkpoint import Checkpoint
-from .config import RecipeError
+from .config import RecipeError, expect
 from .data import Batch, Images
 from .pairs import Block, Pairs
 from .randomness import Draws, epoch_order
@@ -112,16 +112,12 @@ class SemidiscretePairs(Pairs):
         except (OSError, ValueError) as error:
             msg = f"{field}: {error}"
             raise RecipeError(msg) from error
-        asked = {
-            "data.flip": ("mirrored data", plan.mirrored, self.recipe.data.flip),
-            "coupling.condition": ("classes", plan.classes is not None, self.recipe.coupling.condition == "class"),
-        }
-        for name, (kind, holds, wanted) in asked.items():
-            if holds != wanted:
-                msg = (
-                    f"{name}: {path} was fitted {'with' if holds else 'without'} {kind}, and the recipe says otherwise"
-                )
-                raise RecipeError(msg)
+        flip, condition = self.recipe.data.flip, self.recipe.coupling.condition
+        fitted = f"{path} was fitted {'with' if plan.mirrored else 'without'} mirrored data"
+        expect(plan.mirrored == flip, "data.flip", flip, f"{plan.mirrored}: {fitted}")
+        within = None if plan.classes is None else "class"
+        fitted = f"{path} was fitted {'with' if within else 'without'} classes"
+        expect(within == condition, "coupling.condition", condition, f"{within}: {fitted}")
         return plan
 
 
@@ -130,10 +126,8 @@ class PersistentPairs(Pairs):
 
     def begin(self, folder: Path, found: Checkpoint | None, accelerator: Accelerator) -> None:
         """Make the file of seeds, and bring it to where the checkpoint has it."""
-        processes = accelerator.num_processes
-        if processes > 1:
-            msg = f"coupling.method: got 'persistent', which trains in one process, but there are {processes}"
-            raise RecipeError(msg)
+        expected = f"another: it trains in one process, and there are {accelerator.num_processes}"
+        expect(accelerator.num_processes == 1, "coupling.method", "persistent", expected)
         path, flip = folder / "pairs.bin", self.recipe.data.flip
         path.unlink(missing_ok=True)
         # A mirrored row has seeds of its own.

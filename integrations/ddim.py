@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
@@ -38,9 +38,28 @@ class DiffusionObjective(Regression):
     def _min_snr(self, timesteps: Tensor) -> Tensor:
         snr = compute_snr(self.scheduler, timesteps)
         clamped = snr.clamp(max=self.config.min_snr_gamma)
-        return {"epsilon": clamped / snr, "v_prediction": clamped / (snr + 1), "sample": clamped}[
-            self.config.prediction
-        ]
+        weights = {"epsilon": clamped / snr, "v_prediction": clamped / (snr + 1), "sample": clamped}
+        return weights[self.config.prediction]
+
+    def sampler(self) -> SchedulerMixin:
+        """Return the sampling scheme."""
+        return DDIMScheduler.from_config(self.scheduler.config)
+
+    def sample(
+        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
+    ) -> Tensor:
+        """Walk the scheme's ``steps`` noise levels from ``noise`` to data, and decode it."""
+        scheduler, eta = self.sampler(), getattr(self.config, "eta", 0.0)
+        added = {"eta": eta, "generator": generator} if eta else {}
+        scheduler.set_timesteps(steps, device=noise.device)
+        x, ask = noise, self.guided(model, noise, told)
+        for t in scheduler.timesteps:
+            x = scheduler.step(ask(x, t), t, x, **added).prev_sample
+        return self.decode(x)
+
+    def decode(self, data: Tensor) -> Tensor:
+        """Turn data into images in [-1, 1]."""
+        return data
 
 
 class DdimObjective(DiffusionObjective):
@@ -63,19 +82,7 @@ class DdimObjective(DiffusionObjective):
             set_alpha_to_one=True,
         )
 
-    def sample(
-        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
-    ) -> Tensor:
-        """Walk the scheduler's ``steps`` evenly spaced noise levels from ``noise`` to an image."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=noise.device)
-        x, ask = noise, self.guided(model, noise, told)
-        for t in scheduler.timesteps:
-            x = scheduler.step(ask(x, t), t, x, eta=self.config.eta, generator=generator).prev_sample
-        return x
-
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``DDIMPipeline.from_pretrained``."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        pipeline = DDIMPipeline(unet=model, scheduler=scheduler)
+        pipeline = DDIMPipeline(unet=model, scheduler=self.sampler())
         save_pipeline(pipeline, folder, f"num_inference_steps=20, eta={self.config.eta}", self)

@@ -16,9 +16,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,29 +36,22 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run: a recipe with its overrides, in a folder of its own."""
+    """One training run: a recipe, in a folder of its own."""
 
     name: str
     title: str
-    coupled: bool
-    arguments: list[str]
-
-    @property
-    def label(self) -> str:
-        """Name for a progress bar."""
-        return f"{self.title.split(',')[0]}, {'coupled' if self.coupled else 'independent'}"
-
-    def recipe(self) -> config.Recipe:
-        """Read the recipe."""
-        return config.load(self.arguments)
+    recipe: config.Recipe
 
 
 @dataclass
 class Result:
     """What one arm gave."""
 
-    frechet: dict[int, float]
-    samples: dict[int, Any] = field(repr=False)
+    frechet: dict[int, float] = field(default_factory=dict)
+    samples: dict[int, Any] = field(default_factory=dict)
+
+
+PREDICTIONS = {"v_prediction": "v prediction", "epsilon": "epsilon prediction", "sample": "image prediction"}
 
 
 def arms(output: Path, prediction: str, further: list[str]) -> list[Arm]:
@@ -65,77 +59,62 @@ def arms(output: Path, prediction: str, further: list[str]) -> list[Arm]:
     flow = ("flow-matching", "Flow matching", [])
     ddim = ("ddim", f"DDIM, {PREDICTIONS[prediction]}", ["--objective.prediction", prediction])
     found = []
-    for name, title, overrides in (flow, ddim):
+    for objective, title, overrides in (flow, ddim):
         for method in ("independent", "auction"):
-            folder = output / f"{name}-{method}"
-            arguments = [f"{name}-digits", *overrides, "--coupling.method", method]
-            arguments += ["--train.tracker", "null", "--output", str(folder), *further]
-            found.append(Arm(f"{name}-{method}", title, method != "independent", arguments))
+            name = f"{objective}-{method}"
+            options = ["--coupling.method", method, "--train.tracker", "null", "--output", str(output / name)]
+            found.append(Arm(name, title, config.load([f"{objective}-digits", *overrides, *options, *further])))
     return found
 
 
-PREDICTIONS = {"v_prediction": "v prediction", "epsilon": "epsilon prediction", "sample": "image prediction"}
+def run_arm(arm: Arm, classifier: Path) -> Result:
+    """Train, and measure the Frechet distance at every number of sampling steps of the recipe.
 
-
-def train_arm(arm: Arm) -> None:
-    """Train, in a process and on a thread of its own: two side by side are faster than one on two threads."""
-    import torch
-
-    torch.set_num_threads(1)
-    from .loop import train
-
-    train(arm.recipe(), progress=False)
-
-
-def evaluate_arm(arm: Arm, classifier: Path) -> Result:
-    """Measure the Frechet distance at every number of sampling steps of the recipe."""
+    In a process and on a thread of its own: two side by side are faster than one on two threads.
+    """
     import torch
 
     torch.set_num_threads(1)
     from . import measure
-    from .data import to_uint8
     from .features import Classifier
+    from .loop import train
 
-    recipe = arm.recipe()
-    trained = measure.load_trained(recipe.output)
+    trained, result = measure.load_trained(train(arm.recipe, progress=False)), Result()
     scores = measure.Scores(Classifier.load(classifier), trained.source, trained.device)
-    result = Result({}, {})
-    for steps in recipe.evaluate.steps:
-        samples = torch.cat(list(measure.draw(trained, recipe.evaluate.samples, steps)))
+    for steps in arm.recipe.evaluate.steps:
+        samples = torch.cat(list(measure.draw(trained, arm.recipe.evaluate.samples, steps)))
         result.frechet[steps] = scores([samples])["fid"]
-        result.samples[steps] = to_uint8(samples[:DIGITS, 0]).numpy()
+        result.samples[steps] = samples[:DIGITS].clone()
     return result
 
 
 def run(chosen: list[Arm], output: Path, console: Console) -> tuple[dict[str, Result], float]:
     """Train and evaluate all arms, two at a time; return the results and the classifier's accuracy."""
     for arm in chosen:
-        shutil.rmtree(arm.recipe().output, ignore_errors=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
+        shutil.rmtree(arm.recipe.output, ignore_errors=True)
+    columns = TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
     # Spawned, not forked: a forked child inherits the locks of PyTorch's threads.
     pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
     with Progress(*columns, console=console) as bars, _ended_with_us(pool):
-        trainings: dict[str, Future[Any]] = {arm.name: pool.submit(train_arm, arm) for arm in chosen}
-        lines = {arm.name: bars.add_task(arm.label, total=arm.recipe().train.steps, status="") for arm in chosen}
         classifier = output / "classifier.safetensors"
         classified = bars.add_task("Classifier for the features", total=1, status="")
         accuracy = train_features(chosen[0], classifier)
         bars.update(classified, completed=1, status=f"{100 * accuracy:.1f}% right on held-out data")
-        evaluations = {arm.name: pool.submit(evaluate_arm, arm, classifier) for arm in chosen}
-        sampled = bars.add_task("Samples and distances", total=len(chosen), status="")
-        while not all(future.done() for future in evaluations.values()):
+        futures, lines = {}, {}
+        for arm in chosen:
+            futures[arm.name] = pool.submit(run_arm, arm, classifier)
+            kind = "independent" if arm.recipe.coupling.method == "independent" else "coupled"
+            label = f"{arm.title.split(',')[0]}, {kind}"
+            lines[arm.name] = bars.add_task(label, total=arm.recipe.train.steps, status="")
+        measured = bars.add_task("Samples and distances", total=len(chosen), status="")
+        done: list[Result] = []
+        while len(done) < len(chosen):
             time.sleep(0.3)
+            done = [future.result() for future in futures.values() if future.done()]  # or raise what it raised
+            bars.update(measured, completed=len(done))
             for arm in chosen:
-                if trainings[arm.name].done():
-                    trainings[arm.name].result()
                 _show(bars, lines[arm.name], _metrics(arm))
-            bars.update(sampled, completed=sum(future.done() for future in evaluations.values()))
-        return {name: future.result() for name, future in evaluations.items()}, accuracy
+        return {name: future.result() for name, future in futures.items()}, accuracy
 
 
 @contextmanager
@@ -161,14 +140,14 @@ def train_features(arm: Arm, path: Path) -> float:
     from .data import load_source
     from .features import train_classifier
 
-    network, accuracy = train_classifier(load_source(arm.recipe().data))
+    network, accuracy = train_classifier(load_source(arm.recipe.data))
     path.parent.mkdir(parents=True, exist_ok=True)
     network.save(path, accuracy)
     return accuracy
 
 
 def _metrics(arm: Arm) -> list[dict[str, float]]:
-    path = arm.recipe().output / "metrics.jsonl"
+    path = arm.recipe.output / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -184,7 +163,7 @@ def summary(chosen: list[Arm], results: dict[str, Result]) -> list[dict[str, Any
     """Return one record per arm, as the JSON file holds them."""
     records = []
     for arm in chosen:
-        metrics, recipe = _metrics(arm), arm.recipe()
+        metrics, recipe = _metrics(arm), arm.recipe
         # The first line holds the start-up.
         settled = metrics[1:] or metrics
         step_ms, coupling_ms = (fmean(line[key] for line in settled) for key in ("step_ms", "coupling_ms"))
@@ -251,12 +230,10 @@ NAMES = {False: "independent noise", True: "coupled noise"}
 def picture(records: list[dict[str, Any]], results: dict[str, Result], path: Path) -> None:
     """Draw the curves and, below them, samples of every arm from the same noise."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=(12, 7.1), dpi=150, facecolor="white")
+    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 7.1), dpi=150, facecolor="white")
         halves = figure.add_gridspec(
             2, 2, height_ratios=(1.5, 1), hspace=0.28, wspace=0.2, left=0.065, right=0.985, top=0.89, bottom=0.02
         )
@@ -270,11 +247,10 @@ def picture(records: list[dict[str, Any]], results: dict[str, Result], path: Pat
             fontsize=12, color="#444a52",
         )  # fmt: skip
         figure.savefig(path)
-        plt.close(figure)
 
 
 def _curves(axes: Any, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     steps = [int(step) for step in pair[0]["frechet"]]
     for i, record in enumerate(pair):
@@ -293,12 +269,9 @@ def _curves(axes: Any, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance to the data")
     axes.set_title(pair[0]["title"], loc="left", fontsize=14, fontweight="bold")
     axes.set_xticks(steps, [str(step) for step in steps])
-    low, high = axes.get_ylim()
-    ticks = [m * 10**e for e in range(6) for m in (1, 3) if low <= m * 10**e <= high]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.minorticks_off()
     axes.margins(x=0.05, y=0.14)
     axes.grid(axis="y", color="#e6e8eb")
     axes.set_axisbelow(True)
@@ -306,18 +279,17 @@ def _curves(axes: Any, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
 
 
 def _samples(axes: Any, samples: dict[int, Any], coupled: bool) -> None:
-    import numpy as np
+    import torch
+
+    from .pictures import grid
 
     pictured = [steps for steps in PICTURED if steps in samples]
-    size, gap = samples[pictured[0]].shape[-1], 1
-    canvas = np.full((len(pictured) * (size + gap) - gap, DIGITS * (size + gap) - gap), 255, np.uint8)
-    for line, steps in enumerate(pictured):
-        for i, digit in enumerate(samples[steps]):
-            top, left = line * (size + gap), i * (size + gap)
-            canvas[top : top + size, left : left + size] = 255 - digit
+    digits = torch.cat([samples[steps] for steps in pictured])
+    canvas = grid(-digits, DIGITS)  # black on white
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(NAMES[coupled], fontsize=11, color=COLORS[coupled], fontweight="bold", pad=6)
-    centres = [line * (size + gap) + (size - 1) / 2 for line in range(len(pictured))]
+    side = digits.shape[-1]
+    centres = [line * (side + 1) + (side - 1) / 2 for line in range(len(pictured))]
     axes.set_xticks([])
     axes.set_yticks([] if coupled else centres, [] if coupled else [f"{k} step{'s' * (k > 1)}" for k in pictured])
     axes.tick_params(length=0)
@@ -344,10 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, further = parser.parse_known_args(argv)
     console, began = Console(), time.perf_counter()
-    chosen = arms(arguments.output, arguments.prediction, further)
     try:
-        for arm in chosen:
-            arm.recipe()
+        chosen = arms(arguments.output, arguments.prediction, further)
     except config.RecipeError as error:
         parser.error(str(error))
     results, accuracy = run(chosen, arguments.output, console)
@@ -362,16 +332,10 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - began
     path = arguments.output / "demo.png"
     picture(records, results, path)
-    document = {"arms": records, "classifier_accuracy": accuracy, "seconds": seconds, "machine": _machine()}
+    machine = {"platform": platform.platform(), "torch": version("torch"), "diffusers": version("diffusers")}
+    document = {"arms": records, "classifier_accuracy": accuracy, "seconds": seconds, "machine": machine}
     (arguments.output / "demo.json").write_text(json.dumps(document, indent=1))
     console.print(f"{seconds:.0f} s. Picture: {path}  Numbers: {path.with_suffix('.json')}")
-
-
-def _machine() -> dict[str, str]:
-    import diffusers
-    import torch
-
-    return {"platform": platform.platform(), "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .config import RecipeError
+from .config import RecipeError, expect
 from .sample import overrides, parser
 
 
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.add_argument(
         "--features",
+        dest="evaluate.features",
         metavar="NAME",
         help="classifier (trained on the recipe's data and kept in the run's folder), the path of such a "
         "classifier.safetensors, or inception (default: the recipe's evaluate.features)",
@@ -28,11 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, help="JSONL file to append to (default: evaluation.jsonl in the run's folder)"
     )
     arguments, further = options.parse_known_args(argv)
-    if arguments.features is not None:
-        further += ["--evaluate.features", arguments.features]
 
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
 
     from . import measure
@@ -45,9 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further), processes.device)
         section, source = trained.recipe.evaluate, trained.source
         least = max(2, processes.num_processes)
-        if section.samples < least:
-            msg = f"evaluate.samples: got {section.samples}, expected at least {least}: a distribution has a variance"
-            raise RecipeError(msg)
+        enough = f"at least {least}: a distribution has a variance"
+        expect(section.samples >= least, "evaluate.samples", section.samples, enough)
         with processes.main_process_first():  # the others find what it trains
             network = measure.feature_network(section.features, source, trained.recipe.output)
     except (RecipeError, DataError, CheckpointError, TrainingError, ValueError) as error:
@@ -63,10 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     for column in ("sampling steps", "fid", "kid"):
         table.add_column(column, justify="right")
-    rows = measure.share(section.samples)
-    bar = {"total": -(-len(rows) // section.batch_size), "console": Console(stderr=True), "disable": not first}
     for steps in section.steps:
-        found = scores(track(measure.draw(trained, section.samples, steps), f"{steps} steps", **bar), rows.start)
+        found = scores(measure.draw_all(trained, steps), measure.share(section.samples).start)
         if not first:
             continue
         record = {

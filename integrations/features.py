@@ -139,21 +139,15 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(msg) from error.__cause__
 
 
-def train_classifier(
-    source: Source, *, seed: int = 0, steps: int = 300, batch_size: int = 128
-) -> tuple[Classifier, float]:
+def train_classifier(source: Source, steps: int = 300) -> tuple[Classifier, float]:
     """Train on four fifths of ``source``; return the network and its accuracy on the rest.
 
     Parameters
     ----------
     source : Source
         Labelled images, not streamed.
-    seed : int
-        Decides weights, split and order.
     steps : int
-        Optimizer steps.
-    batch_size : int
-        Images per step.
+        Optimizer steps, of 128 images.
 
     Raises
     ------
@@ -166,15 +160,15 @@ def train_classifier(
     if len(source.classes) < 2:
         msg = "features: classifier needs labelled data with at least two classes; give the path of a trained one"
         raise ValueError(msg)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         network = Classifier(source.shape[0], len(source.classes))
     order = torch.randperm(len(source), generator=generator)
     held_out, training = order[: len(order) // 5], order[len(order) // 5 :]
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     for _ in range(steps):
-        rows = training[torch.randint(len(training), (batch_size,), generator=generator)]
+        rows = training[torch.randint(len(training), (128,), generator=generator)]
         batch = source[rows.tolist()]
         loss = F.cross_entropy(network.logits(to_signed(batch.images)), batch.labels)
         optimizer.zero_grad()

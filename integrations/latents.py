@@ -6,9 +6,11 @@ in every step as if the image had been encoded there. Each row is kept as it is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from .config import Recipe, RecipeError
-from .data import Batch, Images, Piece, Text, to_signed
+from .data import Batch, Images, Text, to_signed
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from .stable_diffusion import StableDiffusionObjective
@@ -75,9 +77,8 @@ def stored(
     RecipeError
         If the folder has the latents of other images, or of another autoencoder.
     """
-    assert recipe.data.latents is not None
-    kept = recipe.data.latents
-    folder = recipe.output / "latents" if kept == "cache" else Path(str(kept))
+    kept = str(recipe.data.latents)
+    folder = recipe.output / "latents" if kept == "cache" else Path(kept)
     about, asked = folder / "about.json", _about(recipe, source)
     if accelerator.is_main_process and not about.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,60 +86,57 @@ def stored(
     accelerator.wait_for_everyone()
     found = json.loads(about.read_text())
     for name, value in asked.items():
-        # Mirror images that are kept too do no harm.
-        if found.get(name) != value and not (name == "data.flip" and found.get(name)):
+        # Mirror images that are kept too do no harm; older latents do not say all of it.
+        if found.get(name, value) != value and not (name == "data.flip" and found[name]):
             msg = f"data.latents: {folder} was made with {name} {found.get(name)!r}, not {value!r}: name another folder"
             raise RecipeError(msg)
-    encoder, visible = _Encoder(recipe, source, objective, 1 + found["data.flip"]), accelerator.is_main_process
+    encode = partial(_encode, recipe, source, objective, 1 + found["data.flip"])
     firsts = range(0, len(source), ROWS)[accelerator.process_index :: accelerator.num_processes]
     missing = [first for first in firsts if not (folder / _name(first)).is_file()]
-    for first in track(missing, "encoding", console=Console(stderr=True), disable=not (visible and missing)):
-        encoder.write(range(first, min(first + ROWS, len(source))), folder / _name(first))
+    hidden = not (accelerator.is_main_process and missing)
+    for first in track(missing, "encoding", console=Console(stderr=True), disable=hidden):
+        rows = range(first, min(first + ROWS, len(source)))
+        _write_rows(encode(rows), len(rows), source.texts, folder / _name(first))
     accelerator.wait_for_everyone()
     latents = StoredLatents(source, folder)
     for row in {0, len(source) // 2, len(source) - 1}:
-        again, stored = next(encoder.rows(range(row, row + 1)))[0], latents[[row]].images
+        again, _ = next(encode(range(row, row + 1)))
         # Rounding differs with the batch; another image or autoencoder gives something else altogether.
-        if (again - stored).float().norm() > 0.1 * again.float().norm():
+        if (again - latents[[row]].images).float().norm() > 0.1 * again.float().norm():
             msg = f"data.latents: {folder} has other latents of row {row} than are encoded now: name another folder"
             raise RecipeError(msg)
     return latents
 
 
-class _Encoder:
-    """Encodes rows of a source, as they are and, with two ``sides``, mirrored."""
+def _encode(
+    recipe: Recipe, source: Images, objective: StableDiffusionObjective, sides: int, rows: range
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Encode neighbouring rows, as they are and, with two ``sides``, mirrored; yield with each batch what is kept."""
+    for batch in source.scan(recipe.train.batch_size_per_device, recipe.data.workers, rows):
+        for message in batch.unreadable:
+            log.warning("unreadable image replaced by its neighbour: %s", message)
+        images = to_signed(batch.images.to(objective.vae.device))
+        posteriors = [objective.posterior(side) for side in (images, images.flip(-1))[:sides]]
+        yield torch.stack(posteriors, 1).cpu(), batch
 
-    def __init__(self, recipe: Recipe, source: Images, objective: StableDiffusionObjective, sides: int) -> None:
-        self.recipe, self.source, self.objective, self.sides = recipe, source, objective, sides
 
-    def rows(self, rows: range) -> Iterator[tuple[Tensor, Batch]]:
-        """Yield what is kept of some neighbouring rows, and the batch that they came in."""
-        size, device = self.recipe.train.batch_size_per_device, self.objective.vae.device
-        pieces = [Piece(0, first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
-        for batch in self.source.blocks(pieces, None, self.recipe.data.workers):
-            for message in batch.unreadable:
-                log.warning("unreadable image replaced by its neighbour: %s", message)
-            images = to_signed(batch.images.to(device))
-            posteriors = [self.objective.posterior(side) for side in (images, images.flip(-1))[: self.sides]]
-            yield torch.stack(posteriors, 1).cpu(), batch
-
-    def write(self, rows: range, path: Path) -> None:
-        """Write a file of latents, after the one of labels and texts."""
-        partial, kept, done = path.with_suffix(".partial"), None, 0
-        labels: list[int] = []
-        texts: dict[str, list[Text]] = {name: [] for name in self.source.texts}
-        for stored, batch in self.rows(rows):
-            if kept is None:
-                shape = (len(rows), *stored.shape[1:])
-                kept = np.lib.format.open_memmap(partial, "w+", stored.numpy().dtype, shape)
-            kept[done : done + len(stored)] = stored.numpy()
-            done += len(stored)
-            labels += batch.labels.tolist()
-            for name, column in texts.items():
-                column += batch.texts[name]
-        kept.flush()
-        _write(path.with_suffix(".json"), {"labels": labels, "texts": texts})
-        partial.replace(path)
+def _write_rows(encoded: Iterator[tuple[Tensor, Batch]], rows: int, columns: Sequence[str], path: Path) -> None:
+    """Write a file of latents, after the one of labels and texts."""
+    part, kept, done = path.with_suffix(".partial"), None, 0
+    labels: list[int] = []
+    texts: dict[str, list[Text]] = {name: [] for name in columns}
+    for latents, batch in encoded:
+        if kept is None:
+            shape = (rows, *latents.shape[1:])
+            kept = np.lib.format.open_memmap(part, "w+", latents.numpy().dtype, shape)
+        kept[done : done + len(latents)] = latents.numpy()
+        done += len(latents)
+        labels += batch.labels.tolist()
+        for name, column in texts.items():
+            column += batch.texts[name]
+    kept.flush()
+    _write(path.with_suffix(".json"), {"labels": labels, "texts": texts})
+    part.replace(path)
 
 
 def _name(first: int) -> str:
@@ -153,10 +151,26 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _about(recipe: Recipe, source: Images) -> dict[str, Any]:
     """Return what latents depend on, by the names of fields."""
-    pixels = ("source", "split", "resolution", "crop", "mode", "subset_fraction", "subset_seed", "flip")
-    networks = ("pretrained", "frozen_precision")
+    rows = ("source", "init_args", "split", "revision", "subset_fraction", "subset_seed")
+    pixels = ("resolution", "crop", "interpolation", "mode", "flip")
+    networks = ("pretrained", "revision", "frozen_precision")
     return {
-        **{f"data.{name}": getattr(recipe.data, name) for name in pixels},
+        **{f"data.{name}": getattr(recipe.data, name) for name in (*rows, *pixels)},
         **{f"objective.{name}": getattr(recipe.objective, name) for name in networks},
         "rows": len(source),
+        "files": _files(recipe.data.source.partition(":")[2]),
     }
+
+
+def _files(place: str) -> str | None:
+    """Return what differs if a file of a folder is added, removed or replaced by one of another size.
+
+    The time of a file is not looked at: a copy of the folder is the same data.
+    """
+    if not (place and Path(place).is_dir()):
+        return None
+    files = sorted(path for path in Path(place).rglob("[!.]*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(place)} {path.stat().st_size}\n".encode())
+    return f"{len(files)}, {digest.hexdigest()[:16]}"

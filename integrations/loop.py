@@ -11,8 +11,8 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +36,7 @@ from .build import (
     build_optimizer,
     build_schedule,
 )
-from .config import Optimizer, Recipe, RecipeError
+from .config import Optimizer, Recipe, expect
 from .data import Source, load_source
 from .dataset_pairs import KINDS
 from .models import begin_from, build_model, recompute
@@ -81,7 +81,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     CheckpointError
         If a checkpoint cannot be written.
     """
-    try:
+    with _told_in_one_line(recipe):
         with termination.collected() as terminated:
             run = Run(recipe)
             run.start()
@@ -91,6 +91,14 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             run.finish()
         if recipe.train.tracker:
             run.accelerator.end_training()
+    return recipe.output
+
+
+@contextmanager
+def _told_in_one_line(recipe: Recipe) -> Iterator[None]:
+    """Say in one line what the disk, another process or an operation does to a run, and what to type."""
+    try:
+        yield
     except OSError as error:  # a full disk, most of all
         place, reason = error.filename or recipe.output, error.strerror or error
         msg = f"cannot read or write {place}: {reason}; checkpoints are intact"
@@ -109,7 +117,6 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         operation = str(error).partition(", but you set")[0]
         msg = f"train.deterministic: got true, but {operation}: train with --train.deterministic false"
         raise TrainingError(msg) from error
-    return recipe.output
 
 
 class Run:
@@ -135,13 +142,11 @@ class Run:
         first = self.accelerator.process_index * accumulation
 
         self.source: Source = load_source(recipe.data)
-        if len(self.source) < train.global_batch_size:
-            rows = f"{recipe.data.source} has {len(self.source)} rows"
-            msg = f"train.global_batch_size: got {train.global_batch_size}, but {rows}"
-            raise RecipeError(msg)
-        if recipe.coupling.condition == "class" and len(self.source.classes) < 2:
-            msg = f"coupling.condition: got 'class', but {recipe.data.source} has no labels: expected null"
-            raise RecipeError(msg)
+        batch, rows = train.global_batch_size, len(self.source)
+        expect(rows >= batch, "train.global_batch_size", batch, f"at most {rows}: {recipe.data.source} has {rows} rows")
+        condition, labelled = recipe.coupling.condition, len(self.source.classes) > 1
+        fits = labelled or condition != "class"
+        expect(fits, "coupling.condition", condition, f"null: {recipe.data.source} has no labels")
 
         torch.manual_seed(address(train.seed, 0, 0, 1, "network"))
         self.objective: Objective = build_objective(recipe, self.source)
@@ -185,107 +190,6 @@ class Run:
         self.step = 0
         self.losses: list[Tensor] = []  # since they were last looked at: looking at every one would stall a GPU
 
-    # One step
-
-    def train_step(self, blocks: Sequence[Block]) -> Tensor:
-        """Do one optimizer step on blocks of data with the noise that they were paired with; return its mean loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        losses = []
-        for number, block in enumerate(blocks, 1):
-            block.draws.seed_network()
-            # Gradients add up over the blocks; processes exchange the sum.
-            with nullcontext() if number == len(blocks) else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    loss = self.objective.loss(self.model, block.data, block.noise, block.draws, **block.context).mean()
-                self.scaler.scale(loss / len(blocks)).backward()
-            losses.append(loss.detach())
-        if self.recipe.optimizer.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.weights, self.recipe.optimizer.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.averages.follow()
-        self.step += 1
-        self.objective.after_step(self.bare_model, self.step)
-        return torch.stack(losses).mean()
-
-    # All steps
-
-    def advance(self, report: Report, terminated: Sequence[int]) -> bool:
-        """Train until the last step, or until a process is asked to end; return whether it is finished."""
-        train, output, times = self.recipe.train, self.recipe.output, []
-        self.model.train()
-        with closing(self.pairs.steps(self.step, train.steps, terminated)) as steps:
-            while self.step < train.steps:
-                began = time.perf_counter()
-                step = next(steps)
-                self.losses.append(self.train_step(step.blocks))
-                last, record = self.step == train.steps, None
-                if self.step % train.log_every == 0 or last:
-                    loss = self.losses[-1]
-                    self._check_finite()
-                    record = {"step": self.step, **self._means(loss=loss, reduction=step.reduction)}
-                stop = self.ends(self.step, bool(terminated))
-                saves = stop or last or self.step % train.checkpoint_every == 0
-                draws = train.sample_every and self.step % train.sample_every == 0 and not last
-                if saves or draws:
-                    self._wait_for_device()  # or what follows would take what is left of the step for its own
-                times.append((step.coupling_ms, step.hidden_ms, 1000 * (time.perf_counter() - began)))
-                if record is not None:
-                    means = map(fmean, zip(*times, strict=True))
-                    record |= zip(("coupling_ms", "hidden_ms", "step_ms"), means, strict=True)
-                    record["lr"] = self.optimizer.param_groups[0]["lr"]
-                    self._log(record)
-                    times.clear()
-                report(self.step, record)
-                if saves:
-                    self.save()
-                if draws:
-                    self.draw(output / "samples" / f"step-{self.step}.png")
-                if stop:
-                    break
-        self.ends.settle()
-        return self.step == train.steps
-
-    def _wait_for_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _means(self, **values: Tensor) -> dict[str, float]:
-        """Average values over the processes."""
-        stacked = torch.stack([value.float().to(self.device) for value in values.values()])
-        return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-
-    def _check_finite(self) -> None:
-        losses, self.losses = self.losses, []
-        largest = torch._foreach_norm(self.weights, torch.inf)
-        finite = torch.stack([value.float() for value in largest]).isfinite().all()
-        bad = torch.where(finite, torch.inf, float(self.step))[None]
-        if losses and not self.scaler.is_enabled():
-            steps = torch.arange(self.step - len(losses) + 1, self.step + 1.0, device=self.device)
-            bad = torch.cat([bad, torch.where(torch.stack(losses).isfinite(), torch.inf, steps)])
-        # Over all processes, so that they end together.
-        step = self.accelerator.gather(bad.min()[None]).min().item()
-        # With fp16 a step may overflow: it is skipped and the scale halved, until nothing is left to halve.
-        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            step = self.step
-        if math.isfinite(step):
-            intact = checkpoint.steps(self.checkpoints)
-            kept = f"the checkpoint of step {intact[-1]} is intact" if intact else "no checkpoint was written yet"
-            msg = f"the loss or a weight is not finite at step {step:.0f}; {kept}. Try a smaller optimizer.lr or bf16."
-            raise TrainingError(msg)
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            # JSON has no word for the loss of a step that fp16 skipped.
-            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            with (self.recipe.output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(finite) + "\n")
-        if self.recipe.train.tracker:
-            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-
     # Beginning, and going on from a checkpoint
 
     @property
@@ -315,33 +219,29 @@ class Run:
         self.pairs.begin(output, found, self.accelerator)
         self._warm_up()
         if self.recipe.train.tracker:
-            # TensorBoard takes the name as a folder of the output, others as a project.
-            tracker, project = self.recipe.train.tracker, self.recipe.train.tracker_project
-            options = {
-                "tensorboard": {"purge_step": self.step + 1},  # what an interrupted run logged beyond its checkpoint
-                "wandb": {"name": output.name, "dir": str(output), "config": self.recipe.sections()}
-                | {"id": self._run_id(found is not None), "resume": "allow"},
-            }
-            self.accelerator.init_trackers(tracker if tracker == "tensorboard" else project, init_kwargs=options)
+            self._start_tracker(resumed=found is not None)
 
-    def _run_id(self, resumed: bool) -> str | None:
-        """Return the name under which Weights & Biases knows the run, kept in its folder; the first process asks it."""
-        if self.recipe.train.tracker != "wandb" or not self.accelerator.is_main_process:
-            return None
-        path = self.recipe.output / "wandb-id"
-        if not (resumed and path.is_file()):
-            path.write_text(secrets.token_hex(8))
-        return path.read_text()
+    def _start_tracker(self, resumed: bool) -> None:
+        """Start the tracker; a run that is resumed goes on in the same run of Weights & Biases, whose id it keeps."""
+        output, tracker, project = self.recipe.output, self.recipe.train.tracker, self.recipe.train.tracker_project
+        options: dict[str, Any] = {}
+        if tracker == "tensorboard":  # which takes the name of a folder of the output for that of a project
+            project, options = tracker, {"purge_step": self.step + 1}  # what was logged beyond the checkpoint
+        elif tracker == "wandb" and self.accelerator.is_main_process:
+            kept = output / "wandb-id"
+            if not (resumed and kept.is_file()):
+                kept.write_text(secrets.token_hex(8))
+            options = {"name": output.name, "dir": str(output), "config": self.recipe.sections()}
+            options |= {"id": kept.read_text(), "resume": "allow"}
+        self.accelerator.init_trackers(project, init_kwargs={tracker: options})
 
     def _choose_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Open the newest intact checkpoint that the first process finds; all must find it intact."""
-        step, error = None, ""
-        if self.accelerator.is_main_process:
-            newest = checkpoint.newest(self.checkpoints)
-            step = None if newest is None else newest.step
-        (step,) = broadcast_object_list([step])
+        newest = checkpoint.newest(self.checkpoints) if self.accelerator.is_main_process else None
+        (step,) = broadcast_object_list([newest and newest.step])
         if step is None:
             return None
+        error = ""
         try:
             found = checkpoint.read(self.checkpoints / f"step-{step}")
         except checkpoint.CheckpointError as failure:
@@ -390,6 +290,98 @@ class Run:
             network.load_state_dict(found.tensors(name))
         self.step = found.step
 
+    # Training
+
+    def advance(self, report: Report, terminated: Sequence[int]) -> bool:
+        """Train until the last step, or until a process is asked to end; return whether it is finished."""
+        train, output, times = self.recipe.train, self.recipe.output, []
+        self.model.train()
+        with closing(self.pairs.steps(self.step, train.steps, terminated)) as steps:
+            while self.step < train.steps:
+                began = time.perf_counter()
+                step = next(steps)
+                self.losses.append(self.train_step(step.blocks))
+                last, record = self.step == train.steps, None
+                if self.step % train.log_every == 0 or last:
+                    numbers = torch.stack([self.losses[-1].float(), step.reduction.float().to(self.device)])
+                    self._check_finite()
+                    loss, reduction = self.accelerator.reduce(numbers, "mean").tolist()
+                    record = {"step": self.step, "loss": loss, "reduction": reduction}
+                stop = self.ends(self.step, bool(terminated))
+                saves = stop or last or self.step % train.checkpoint_every == 0
+                draws = train.sample_every and self.step % train.sample_every == 0 and not last
+                if (saves or draws) and self.device.type == "cuda":
+                    # Or what follows would take what is left of the step for its own.
+                    torch.cuda.current_stream(self.device).synchronize()
+                times.append((step.coupling_ms, step.hidden_ms, 1000 * (time.perf_counter() - began)))
+                if record is not None:
+                    means = map(fmean, zip(*times, strict=True))
+                    record |= zip(("coupling_ms", "hidden_ms", "step_ms"), means, strict=True)
+                    record["lr"] = self.optimizer.param_groups[0]["lr"]
+                    self._log(record)
+                    times.clear()
+                report(self.step, record)
+                if saves:
+                    self.save()
+                if draws:
+                    self.draw(output / "samples" / f"step-{self.step}.png")
+                if stop:
+                    break
+        self.ends.settle()
+        return self.step == train.steps
+
+    def train_step(self, blocks: Sequence[Block]) -> Tensor:
+        """Do one optimizer step on blocks of data with the noise that they were paired with; return its mean loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        losses = []
+        for number, block in enumerate(blocks, 1):
+            block.draws.seed_network()
+            # Gradients add up over the blocks; processes exchange the sum.
+            with nullcontext() if number == len(blocks) else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss = self.objective.loss(self.model, block.data, block.noise, block.draws, **block.context).mean()
+                self.scaler.scale(loss / len(blocks)).backward()
+            losses.append(loss.detach())
+        if self.recipe.optimizer.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.weights, self.recipe.optimizer.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.averages.follow()
+        self.step += 1
+        self.objective.after_step(self.bare_model, self.step)
+        return torch.stack(losses).mean()
+
+    def _check_finite(self) -> None:
+        losses, self.losses = self.losses, []
+        largest = torch._foreach_norm(self.weights, torch.inf)
+        finite = torch.stack([value.float() for value in largest]).isfinite().all()
+        bad = torch.where(finite, torch.inf, float(self.step))[None]
+        if losses and not self.scaler.is_enabled():
+            steps = torch.arange(self.step - len(losses) + 1, self.step + 1.0, device=self.device)
+            bad = torch.cat([bad, torch.where(torch.stack(losses).isfinite(), torch.inf, steps)])
+        # Over all processes, so that they end together.
+        step = self.accelerator.gather(bad.min()[None]).min().item()
+        # With fp16 a step may overflow: it is skipped and the scale halved, until nothing is left to halve.
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            step = self.step
+        if math.isfinite(step):
+            intact = checkpoint.steps(self.checkpoints)
+            kept = f"the checkpoint of step {intact[-1]} is intact" if intact else "no checkpoint was written yet"
+            msg = f"the loss or a weight is not finite at step {step:.0f}; {kept}. Try a smaller optimizer.lr or bf16."
+            raise TrainingError(msg)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            # JSON has no word for the loss of a step that fp16 skipped.
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            with (self.recipe.output / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        if self.recipe.train.tracker:
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
     def save(self) -> None:
         """Write a checkpoint of the current step.
 
@@ -419,16 +411,16 @@ class Run:
 
     # Results
 
-    def draw(self, path: Path, images: int = 64) -> None:
-        """Write a grid of samples."""
+    def draw(self, path: Path) -> None:
+        """Write a grid of 64 samples."""
         if not self.accelerator.is_main_process:
             return
         generator = torch.Generator().manual_seed(address(self.recipe.evaluate.seed, 0, 0, 1, "sample"))
-        noise = torch.randn(images, *self.objective.shape, generator=generator).to(self.device)
+        noise = torch.randn(64, *self.objective.shape, generator=generator).to(self.device)
         choices: Any = self.recipe.evaluate.prompts
         if not choices and self.objective.tells == "class":
             choices = range(len(self.source.classes))
-        told = self.objective.choose(self.source, images, self.recipe.evaluate.seed, choices)
+        told = self.objective.choose(self.source, 64, self.recipe.evaluate.seed, choices)
         with self.averages.lent() as model, torch.no_grad():
             samples = self.objective.sample(model, noise, max(self.recipe.evaluate.steps), generator, told)
         path.parent.mkdir(exist_ok=True)

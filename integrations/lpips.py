@@ -49,13 +49,14 @@ class Lpips(nn.Module):
     ----------
     pooling : {"max", "average"}
         Pooling between the stages of VGG-16.
-    side : int
-        Images of less than 256 pixels are scaled to this side in pixels.
     """
 
-    def __init__(self, pooling: str = "max", side: int = 224) -> None:
+    side = 224
+    """Images of less than 256 pixels are scaled to this side."""
+
+    def __init__(self, pooling: str = "max") -> None:
         super().__init__()
-        self.side, self.pool = side, {"max": F.max_pool2d, "average": F.avg_pool2d}[pooling]
+        self.pool = {"max": F.max_pool2d, "average": F.avg_pool2d}[pooling]
         self.stages, width = nn.ModuleList(), 3
         for stage in _STAGES:
             layers: list[nn.Module] = []

@@ -7,23 +7,26 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import broadcast_object_list, convert_outputs_to_fp32, gather_object
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from . import checkpoint, config
+from . import config
 from .averages import group
 from .build import build_objective, check_joined, launched
-from .config import Recipe, RecipeError
+from .checkpoint import find
+from .config import Recipe, expect
 from .data import Source, load_source, to_signed, to_uint8
 from .features import Classifier, Inception, train_classifier
 from .models import build_model
@@ -55,23 +58,6 @@ class Trained:
         return self.recipe.train.ema_decay if decay is None else decay
 
 
-def find(path: Path) -> checkpoint.Checkpoint:
-    """Open a checkpoint folder, or the newest checkpoint of a run's folder.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it is damaged.
-    """
-    if (path / "state.json").is_file():
-        return checkpoint.read(path)
-    found = checkpoint.newest(path / "checkpoints")
-    if found is None:
-        msg = f"{path}: no checkpoint; expected a run's folder or one of its checkpoints/step-<N>"
-        raise checkpoint.CheckpointError(msg)
-    return found
-
-
 def join() -> PartialState:
     """Join the processes that a launcher started, or be the only one.
 
@@ -81,14 +67,17 @@ def join() -> PartialState:
         If the processes do not know of each other.
     """
     processes = launched()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    check_joined(processes, state.num_processes)
-    return state
+    check_joined(processes, _joined().num_processes)
+    return _joined()
+
+
+def _joined() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def share(count: int) -> range:
     """Return which of ``count`` rows this process works on: neighbouring ones, ranks in order."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = _joined().process_index, _joined().num_processes
     return range(rank * count // processes, (rank + 1) * count // processes)
 
 
@@ -103,9 +92,7 @@ def load_trained(path: Path, overrides: list[str] | None = None, device: torch.d
         For an override that cannot be, and without a device under a launcher: its processes would all write the same.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and device is None:
-        msg = f"got WORLD_SIZE {processes}, expected one process: start it without a launcher"
-        raise RecipeError(msg)
+    expect(processes == 1 or device is not None, "WORLD_SIZE", processes, "one process: start it without a launcher")
     found = find(path)
     recipe = config.load([str(found.folder / "recipe.yaml"), *(overrides or [])])
     recipe.output = found.folder.parent.parent  # wherever the run has been moved since
@@ -125,14 +112,10 @@ def load_trained(path: Path, overrides: list[str] | None = None, device: torch.d
 
 
 def _precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    asked = recipe.evaluate.mixed_precision
-    if device.type == "cpu" and asked == "fp16":
-        msg = "evaluate.mixed_precision: got 'fp16', expected 'bf16' or 'no' on a CPU"
-        raise RecipeError(msg)
-    name = asked or recipe.train.mixed_precision
-    if device.type == "cpu" and name == "fp16":
-        return None
-    return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    asked, on_cpu = recipe.evaluate.mixed_precision, device.type == "cpu"
+    expect(not (on_cpu and asked == "fp16"), "evaluate.mixed_precision", asked, "'bf16' or 'no' on a CPU")
+    half = None if on_cpu else torch.float16
+    return {"no": None, "fp16": half, "bf16": torch.bfloat16}[asked or recipe.train.mixed_precision]
 
 
 def draw(trained: Trained, count: int, steps: int, choices: Sequence[int | str] = ()) -> Iterator[Tensor]:
@@ -148,9 +131,32 @@ def draw(trained: Trained, count: int, steps: int, choices: Sequence[int | str] 
         numbers = range(first, min(first + section.batch_size, rows.stop))
         generators = [torch.Generator().manual_seed(address(section.seed, 0, i, 1, "sample")) for i in numbers]
         noise = torch.stack([torch.randn(trained.objective.shape, generator=generator) for generator in generators])
-        with torch.no_grad():
-            own = None if told is None else told[numbers.start : numbers.stop]
-            yield trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, own)
+        own = None if told is None else told[numbers.start : numbers.stop]
+        with torch.no_grad(), _rounding(trained.recipe.train.tf32):
+            images = trained.objective.sample(trained.model, noise.to(trained.device), steps, generators, own)
+        yield images
+
+
+@contextmanager
+def _rounding(tf32: bool | None) -> Iterator[None]:
+    """Round products as training does, within: features are computed alike for all runs."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value if tf32 is None else tf32
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def draw_all(trained: Trained, steps: int, choices: Sequence[int | str] = ()) -> Iterable[Tensor]:
+    """Draw ``evaluate.samples`` samples as `draw` does; the first process shows how far it is, on standard error."""
+    section = trained.recipe.evaluate
+    total = -(-len(share(section.samples)) // section.batch_size)
+    bar = {"total": total, "console": Console(stderr=True), "disable": not _joined().is_main_process}
+    return track(draw(trained, section.samples, steps, choices), f"{steps} steps", **bar)
 
 
 def feature_network(name: str, source: Source, folder: Path) -> nn.Module:
@@ -174,21 +180,9 @@ def feature_network(name: str, source: Source, folder: Path) -> nn.Module:
         expected = "expected classifier, inception or the path of a classifier.safetensors"
         msg = f"evaluate.features: got {name!r}, {expected} ({type(error).__name__}: {error})"
         raise ValueError(msg) from None
-    if network.body[0].in_channels != source.shape[0]:
-        msg = (
-            f"evaluate.features: {path} takes images of {network.body[0].in_channels} channels, "
-            f"the data has {source.shape[0]}"
-        )
-        raise ValueError(msg)
+    takes, channels = network.body[0].in_channels, source.shape[0]
+    expect(takes == channels, "evaluate.features", name, f"a network for images of {channels} channels, not {takes}")
     return network
-
-
-class _Features(nn.Identity):
-    """Stands in for the feature network where features are computed already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
 
 
 class Scores:
@@ -223,7 +217,8 @@ class Scores:
         cache: Path | None = None,
     ) -> None:
         self.network, self.device = network.to(device).eval(), device
-        stand_in = _Features(network.num_features)
+        stand_in = nn.Identity()  # features are computed here, once for both
+        stand_in.num_features = network.num_features
         self.fid = FrechetInceptionDistance(feature=stand_in, reset_real_features=False).to(device)
         self.kid, stride = None, 1
         if kid:
@@ -253,12 +248,12 @@ class Scores:
     def _read(self, path: Path) -> bool:
         """Take the reference from a file, if the first process has it: it then holds all of it, the others nothing."""
         found = None
-        if _is_first() and path.is_file():
+        if _joined().is_main_process and path.is_file():
             try:
                 found = load_file(path, str(self.device))
             except SafetensorError as error:
                 log.warning("%s: damaged statistics of the data (%s); they are computed again", path, error)
-        if not _of_first(found is not None):
+        if not broadcast_object_list([found is not None])[0]:
             return False
         if found is not None:
             for name in _REFERENCE:
@@ -276,7 +271,7 @@ class Scores:
         if self.kid is not None:
             with self.kid.sync_context():
                 tensors["kept"] = torch.cat(self.kid.real_features).float()  # as the networks compute them
-        if not _is_first():
+        if not _joined().is_main_process:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +303,7 @@ class Scores:
         self.fid.reset()
         if self.kid is not None:
             _join_lists(self.kid)
-            self.kid.subset_size = min(self.kid.subset_size, _total(count))
+            self.kid.subset_size = min(self.kid.subset_size, sum(gather_object([count])))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # its subsets come from the global generator
                 mean, deviation = self.kid.compute()
@@ -340,24 +335,3 @@ def _join_lists(kid: KernelInceptionDistance | None) -> None:
         kid.real_features, kid.fake_features = (
             [torch.cat(own)] if own else [] for own in (kid.real_features, kid.fake_features)
         )
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _of_first(value: bool) -> bool:
-    """Return the first process's value."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def _total(count: int) -> int:
-    """Return the sum over all processes."""
-    counts = [count]
-    if dist.is_initialized():
-        counts = [0] * dist.get_world_size()
-        dist.all_gather_object(counts, count)
-    return sum(counts)

@@ -27,7 +27,7 @@ from couplings.ahead import Pending
 from .build import TrainingError, candidates
 from .checkpoint import Checkpoint
 from .config import Recipe
-from .data import Batch, DataError, Piece, Pieces, Source, to_signed
+from .data import Batch, DataError, Piece, Source, to_signed
 from .latents import StoredLatents, of_sides
 from .objective import Objective
 from .randomness import Draws
@@ -135,17 +135,16 @@ class Pairs:
     # Choosing, loading and coupling
 
     def piece(self, step: int, number: int) -> Piece:
-        """Return where in its epoch a block of a step lies."""
-        train = self.recipe.train
-        rows, blocks, steps = len(self.source), range(number, number + 1), range(step, step + 1)
-        [piece] = Pieces(rows, train.global_batch_size, train.batch_size_per_device, blocks, steps)
-        return piece
+        """Return where in its epoch a block of a step lies; what an epoch has left after whole steps is not used."""
+        batch, size = self.recipe.train.global_batch_size, self.recipe.train.batch_size_per_device
+        epoch, place = divmod(step, len(self.source) // batch)
+        first = place * batch + number * size
+        return Piece(epoch, first, first + size)
 
     def batches(self, steps: range, workers: int) -> Iterator[Batch]:
         """Choose the rows of each block of some steps, and yield them, loaded by ``workers`` processes."""
-        train, pinned = self.recipe.train, self.device.type == "cuda"
-        pieces = Pieces(len(self.source), train.global_batch_size, train.batch_size_per_device, self.blocks, steps)
-        return self.source.blocks(pieces, train.seed, workers, pinned)
+        pieces = (self.piece(step, number) for step in steps for number in self.blocks)
+        return self.source.blocks(pieces, self.recipe.train.seed, workers, self.device.type == "cuda")
 
     def load(self, batch: Batch, step: int, number: int) -> Block:
         """Turn a batch into data as noise is mixed into it, and draw its noise, still unpaired."""

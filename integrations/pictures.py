@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sized
 
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -16,15 +17,20 @@ def columns(choices: Sized) -> int | None:
     return len(choices) if 1 < len(choices) <= 16 else None
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Image.Image:
+def image(pixels: Tensor) -> Image.Image:
+    """Make a picture of ``(c, h, w)`` uint8 pixels."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Arrange ``(n, c, h, w)`` images in [-1, 1] in rows of ``columns`` (default: about a square)."""
-    pixels = to_uint8(images.cpu())
-    n, _, height, width = pixels.shape
+    cells = F.pad(to_uint8(images.cpu()), (0, 1, 0, 1), value=255)  # a white line between images
+    n, channels, height, width = cells.shape
     columns = columns or math.ceil(math.sqrt(n))
     lines = math.ceil(n / columns)
-    canvas = pixels.new_full((pixels.shape[1], lines * (height + gap) - gap, columns * (width + gap) - gap), 255)
-    for i, image in enumerate(pixels):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[:, top : top + height, left : left + width] = image
-    array = canvas.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    canvas = cells.new_full((channels, lines * height, columns * width), 255)
+    for i, cell in enumerate(cells):
+        top, left = i // columns * height, i % columns * width
+        canvas[:, top : top + height, left : left + width] = cell
+    return image(canvas[:, :-1, :-1])

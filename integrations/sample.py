@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import RecipeError, closest
+from .config import RecipeError, closest, expect
 
 if TYPE_CHECKING:
     from .data import Source
@@ -33,39 +32,23 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         type=Path,
         help="a run's folder (its newest checkpoint is taken) or one of its checkpoints/step-<N>",
     )
-    options.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="numbers of sampling steps, each evaluated in turn (default: the recipe's evaluate.steps)",
+    fields = (
+        ("--steps", "evaluate.steps", int, "K", "numbers of sampling steps, each evaluated in turn"),
+        ("--samples", "evaluate.samples", int, "N", "images for each number of steps"),
+        ("--seed", "evaluate.seed", int, "N", "seed of the noise"),
+        ("--guidance", "objective.guidance_scale", float, "W", "classifier-free guidance"),
     )
-    options.add_argument(
-        "--samples",
-        type=int,
-        metavar="N",
-        help="images for each number of steps (default: the recipe's evaluate.samples)",
-    )
-    options.add_argument(
-        "--seed", type=int, metavar="N", help="seed of the noise (default: the recipe's evaluate.seed)"
-    )
-    options.add_argument(
-        "--guidance", type=float, metavar="W", help="classifier-free guidance (default: objective.guidance_scale)"
-    )
+    for flag, field, kind, letter, text in fields:
+        count = "+" if flag == "--steps" else None
+        text = f"{text} (default: the recipe's {field})"
+        options.add_argument(flag, dest=field, type=kind, nargs=count, metavar=letter, help=text)
     return options
 
 
 def overrides(arguments: argparse.Namespace, further: list[str]) -> list[str]:
-    """Turn the options into overrides of the recipe's ``evaluate`` section."""
-    found = []
-    if arguments.steps is not None:
-        found += ["--evaluate.steps", str(arguments.steps)]
-    for name in ("samples", "seed"):
-        if getattr(arguments, name) is not None:
-            found += [f"--evaluate.{name}", str(getattr(arguments, name))]
-    if arguments.guidance is not None:
-        found += ["--objective.guidance_scale", str(arguments.guidance)]
-    return found + further
+    """Turn the options that stand for fields of the recipe into overrides of it."""
+    given = {name: value for name, value in vars(arguments).items() if "." in name and value is not None}
+    return [*(word for name, value in given.items() for word in (f"--{name}", str(value))), *further]
 
 
 def choose(arguments: argparse.Namespace, objective: Objective, source: Source) -> list[int] | list[str]:
@@ -78,13 +61,10 @@ def choose(arguments: argparse.Namespace, objective: Objective, source: Source) 
     """
     classes, prompts, tells = arguments.classes, arguments.prompt, objective.tells
     told = {None: "nothing: it is unconditional", "class": "classes"}.get(tells, "captions")
-    if classes and tells != "class":
-        msg = f"--class: got {classes}, but the network of this run is told {told}"
-        raise RecipeError(msg)
+    none = f"none: the network of this run is told {told}"
+    expect(not classes or tells == "class", "--class", classes, none)
     # A network of ``classes`` is told numbers; the names of classes are captions.
-    if prompts and (tells is None or objective.classes is not None):
-        msg = f"--prompt: got {prompts}, but the network of this run is told {told}"
-        raise RecipeError(msg)
+    expect(not prompts or (tells is not None and objective.classes is None), "--prompt", prompts, none)
     return prompts or [_number(word, source.classes) for word in classes]
 
 
@@ -92,11 +72,10 @@ def _number(word: str, names: list[str]) -> int:
     """Find a class by its name or number."""
     if word in names:
         return names.index(word)
-    if word.isdecimal() and int(word) < len(names):
-        return int(word)
     known = ", ".join(names if len(names) <= 20 else [*names[:20], "..."])
-    msg = f"--class: got {word!r}, expected a number below {len(names)} or one of {known}{closest(word, names)}"
-    raise RecipeError(msg)
+    expected = f"a number below {len(names)} or one of {known}{closest(word, names)}"
+    expect(word.isdecimal() and int(word) < len(names), "--class", word, expected)
+    return int(word)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,44 +111,45 @@ def main(argv: list[str] | None = None) -> None:
 
     import numpy as np
     import torch
-    from PIL import Image
-    from rich.console import Console
-    from rich.progress import track
+    from accelerate.utils import gather_object
 
     from . import measure, pictures
+    from .build import TrainingError
     from .checkpoint import CheckpointError
-    from .data import DataError, to_uint8
+    from .data import DataError, to_signed, to_uint8
 
     try:
-        trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further))
+        processes = measure.join()
+        trained = measure.load_trained(arguments.checkpoint, overrides(arguments, further), processes.device)
         choices = choose(arguments, trained.objective, trained.source)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except (RecipeError, DataError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    section = trained.recipe.evaluate
     output = arguments.output or trained.recipe.output / "samples" / f"step-{trained.step}"
-    output.mkdir(parents=True, exist_ok=True)
-    for steps in section.steps:
-        batches = measure.draw(trained, section.samples, steps, choices)
-        count = -(-section.samples // section.batch_size)
+    for steps in trained.recipe.evaluate.steps:
         folder = output / f"steps-{steps}"
-        first, kept, number = [], [], itertools.count()
-        for images in track(batches, f"{steps} steps", total=count, console=Console(stderr=True)):
-            if sum(map(len, first)) < GRID:
-                first.append(images)
-            pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
-            if arguments.images == "npz":
+        (folder if arguments.images == "folder" else output).mkdir(parents=True, exist_ok=True)
+        number, kept = measure.share(trained.recipe.evaluate.samples).start, []
+        for images in measure.draw_all(trained, steps, choices):
+            pixels = to_uint8(images.cpu())
+            if arguments.images == "npz" or number < GRID:
                 kept.append(pixels)
-            elif arguments.images == "folder":
-                folder.mkdir(exist_ok=True)
-                for image in pixels:
-                    array = image[..., 0] if image.shape[2] == 1 else image
-                    Image.fromarray(array).save(folder / f"{next(number):05}.png")
-        pictures.grid(torch.cat(first)[:GRID], pictures.columns(choices)).save(output / f"steps-{steps}.png")
-        if kept:
-            np.savez_compressed(output / f"steps-{steps}.npz", np.concatenate(kept))
-    print(output)
+            if arguments.images == "folder":
+                for i, image in enumerate(pixels, number):
+                    pictures.image(image).save(folder / f"{i:05}.png")
+            number += len(pixels)
+        kept = gather_object(kept)  # of all processes, in their order
+        if processes.is_main_process:
+            pixels = torch.cat(kept)
+            pictures.grid(to_signed(pixels[:GRID]), pictures.columns(choices)).save(output / f"steps-{steps}.png")
+            if arguments.images == "npz":
+                np.savez_compressed(output / f"steps-{steps}.npz", pixels.permute(0, 2, 3, 1).numpy())
+    if processes.is_main_process:
+        print(output)
 
 
 if __name__ == "__main__":
     main()
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()

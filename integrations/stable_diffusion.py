@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .config import RecipeError, StableDiffusion, closest, expect
+from .config import StableDiffusion, closest, expect
 from .data import Source
 from .ddim import DiffusionObjective
 from .models import VERSION_1, align
-from .objective import Generators, Mixed, Told
+from .objective import Mixed, Told
 from .pipelines import save_pipeline
 from .randomness import Draws
 
@@ -106,12 +106,9 @@ class StableDiffusionObjective(DiffusionObjective):
             expected = " or ".join(known) + closest(caption, known) if known else "empty: the data has no text"
             expect(caption in known, "objective.caption", caption, expected)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if height % factor or width % factor or channels not in (1, 3):
-            msg = (
-                f"objective.pretrained: got images of {channels} x {height} x {width}, expected 1 or 3 channels and "
-                f"sides that are multiples of {factor}, the autoencoder's factor"
-            )
-            raise RecipeError(msg)
+        fits = channels in (1, 3) and height % factor == width % factor == 0
+        sides = f"1 or 3 channels and sides that are multiples of {factor}, the autoencoder's factor"
+        expect(fits, "objective.pretrained", config.pretrained, f"images of {sides}, not {tuple(source.shape)}")
         super().__init__(config, (vae.config.latent_channels, height // factor, width // factor))
         self.tells, self.dropout = None if caption == "empty" else caption, config.caption_dropout
         self.image_channels = channels
@@ -178,19 +175,8 @@ class StableDiffusionObjective(DiffusionObjective):
     def sampler(self) -> DDIMScheduler | PNDMScheduler:
         """Return the sampling scheme."""
         if self.config.sampler == "ddim":
-            return DDIMScheduler.from_config(self.scheduler.config)
+            return super().sampler()
         return PNDMScheduler(**SCHEDULE, prediction_type=self.config.prediction, skip_prk_steps=True)
-
-    def sample(
-        self, model: nn.Module, noise: Tensor, steps: int, generator: Generators = None, told: Told | None = None
-    ) -> Tensor:
-        """Denoise latents and decode them."""
-        scheduler = self.sampler()
-        scheduler.set_timesteps(steps, device=noise.device)
-        x, ask = noise, self.guided(model, noise, told)
-        for t in scheduler.timesteps:
-            x = scheduler.step(ask(x, t), t, x).prev_sample
-        return self.decode(x)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a folder for ``StableDiffusionPipeline.from_pretrained``."""
@@ -224,12 +210,10 @@ def blank_frozen(config: StableDiffusion) -> tuple[AutoencoderKL, CLIPTextModel,
         text = CLIPTextConfig.from_pretrained(folder / "text_encoder")  # nosec B615: nothing is downloaded
     elif name == "tiny-random":
         vae, text = TINY_AUTOENCODER, CLIPTextConfig(**TINY_TEXT)
-    elif name in VERSION_1:
-        vae, text = AUTOENCODER, CLIPTextConfig(**TEXT)
     else:
-        expected = f"a local folder, tiny-random or one of {', '.join(VERSION_1)}"
-        msg = f"objective.pretrained: the sizes of {name!r} are not known here; expected {expected}"
-        raise RecipeError(msg)
+        known = f"a local folder, tiny-random or one of {', '.join(VERSION_1)}, whose sizes are known here"
+        expect(name in VERSION_1, "objective.pretrained", name, known)
+        vae, text = AUTOENCODER, CLIPTextConfig(**TEXT)
     return AutoencoderKL.from_config(vae), CLIPTextModel(text), None
 
 

@@ -35,7 +35,7 @@ def make(tmp_path):
 
 @pytest.fixture(scope="session")
 def processes():
-    """Processes that start in a moment: forked from one that has imported the trainers and run nothing yet."""
+    """Processes that start in a moment: forked from one that has loaded what a training needs, and run none yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["integrations.loop"])
+    context.set_forkserver_preload(["tests.trainers.warm"])
     return context

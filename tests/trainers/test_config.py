@@ -247,7 +247,7 @@ def test_every_embedded_recipe_evaluates_several_numbers_of_steps_from_few_to_mo
 def test_the_demo_and_the_default_show_where_coupling_gains_and_where_it_may_lose(tmp_path):
     steps = [1, 2, 5, 10, 20, 50]
     assert config.Evaluate().steps == steps
-    assert {tuple(arm.recipe().evaluate.steps) for arm in demo.arms(tmp_path, "v_prediction", [])} == {tuple(steps)}
+    assert {tuple(arm.recipe.evaluate.steps) for arm in demo.arms(tmp_path, "v_prediction", [])} == {tuple(steps)}
 
 
 @pytest.mark.parametrize("source", ["digits", "folder:pictures", "idx:mnist"])

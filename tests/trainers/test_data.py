@@ -115,7 +115,7 @@ def test_classes_take_their_names_from_a_file(tmp_path):
     objective = StableDiffusionObjective(StableDiffusion(pretrained="tiny-random", caption="class"), source)
     assert objective.captions == ["", *(f"digit {number}" for number in range(10))]
     names.write_text("one\ntwo\n")
-    with pytest.raises(RecipeError, match=r"names.txt with 2 lines, expected one for each of the 10 classes of digits"):
+    with pytest.raises(RecipeError, match=r"names.txt', expected a file of 10 lines, one for each class of digits"):
         load_source(Data("digits", class_names=str(names)))
     with pytest.raises(DataError, match=r"data.class_names: cannot read .*none.txt"):
         load_source(Data("digits", class_names=str(tmp_path / "none.txt")))
@@ -198,7 +198,7 @@ def test_an_unknown_source_is_refused_before_anything_loads(source):
 
 
 def test_a_resolution_that_the_images_do_not_have_is_refused():
-    with pytest.raises(RecipeError, match="got 16, but the images of digits are 8 x 8"):
+    with pytest.raises(RecipeError, match="got 16, expected null: the images of digits are 8 x 8"):
         load_source(Data("digits", resolution=16))
 
 

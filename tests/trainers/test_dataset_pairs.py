@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from test_loop import assert_same_run, trace, train_with_two_processes, weights
-from tiny_recipes import tiny
+from tiny_recipes import interrupted, tiny
 
 from couplings import semidiscrete
 from couplings.noise import normal
@@ -39,24 +39,15 @@ def test_its_recipe_runs(make, name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_an_interrupted_run_of_every_objective_resumes_bit_for_bit(make, monkeypatch, objective, name):
+def test_an_interrupted_run_of_every_objective_resumes_bit_for_bit(make, objective, name):
     options = [*method(name), "--data.flip", "true", "--train.checkpoint_every", "3"]
     if name == "persistent":
         options += ["--coupling.options.seeds", "2"]
     # Few rows: a second epoch begins within the run.
     options += ["--data.subset_fraction", "0.03"]
     whole = loop.train(make(objective, *options, folder="whole"), progress=False)
-    inner = loop.Run.train_step
-
-    def interrupted(self, blocks):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return inner(self, blocks)
-
-    monkeypatch.setattr(loop.Run, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(5):
         loop.train(make(objective, *options), progress=False)
-    monkeypatch.setattr(loop.Run, "train_step", inner)
     assert_same_run(whole, loop.train(make(objective, *options, "--resume", "auto"), progress=False), 6)
 
 
@@ -171,7 +162,7 @@ def test_a_checkpoint_holds_the_seeds_of_its_step(make):
 def test_persistent_pairs_train_in_one_process(make, monkeypatch):
     run = loop.Run(make("ddim-digits", *method("persistent")))
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
-    with pytest.raises(config.RecipeError, match="'persistent', which trains in one process, but there are 2"):
+    with pytest.raises(config.RecipeError, match="'persistent', expected another: it trains in one process"):
         run.start()
 
 

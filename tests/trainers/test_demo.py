@@ -6,17 +6,10 @@ from PIL import Image
 from integrations import demo
 
 
-def test_the_demo_compares_four_arms_in_a_table_a_picture_and_json(tmp_path, capsys):
-    further = [
-        "--train.steps",
-        "12",
-        "--train.log_every",
-        "4",
-        "--evaluate.samples",
-        "70",
-        "--evaluate.steps",
-        "[1, 2]",
-    ]
+def test_the_demo_compares_four_arms_in_a_table_a_picture_and_json(tmp_path, capsys, processes, monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: processes)  # which start sooner than spawned ones
+    options = {"train.steps": "12", "train.log_every": "4", "evaluate.samples": "70", "evaluate.steps": "[1, 2]"}
+    further = [word for field, value in options.items() for word in (f"--{field}", value)]
     demo.main(["--output", str(tmp_path), "--objective.prediction", "epsilon", *further])
     document = json.loads((tmp_path / "demo.json").read_text())
     arms = {arm["arm"]: arm for arm in document["arms"]}

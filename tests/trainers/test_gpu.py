@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from test_loop import CT, UNET, assert_same_run, trace
-from tiny_recipes import TINY, first_block
+from tiny_recipes import TINY, first_block, interrupted
 
 from couplings.ahead import _side_stream
 from integrations import build, checkpoint, config, loop, measure
@@ -50,19 +50,10 @@ def test_bfloat16_follows_float32(make, name):
         assert b[2] == a[2]  # the pairs are made in float32
 
 
-def interrupt_and_resume(monkeypatch, whole, recipe, resumed):
-    inner = loop.Run.train_step
-
-    def interrupted(self, blocks):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return inner(self, blocks)
-
+def interrupt_and_resume(whole, recipe, resumed):
     whole = train(whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
+    with interrupted(5):
+        train(recipe)
     assert_same_run(whole, train(resumed), 6)
 
 
@@ -77,16 +68,16 @@ def interrupt_and_resume(monkeypatch, whole, recipe, resumed):
         ("stable-diffusion-digits", ["--train.mixed_precision", "bf16", "--coupling.window", "4"]),
     ],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(make, monkeypatch, name, options):
+def test_an_interrupted_run_resumes_bit_for_bit(make, name, options):
     options = ["--train.deterministic", "true", *options]
     resumed = make(name, *options, "--resume", "auto")
-    interrupt_and_resume(monkeypatch, make(name, *options, folder="whole"), make(name, *options), resumed)
+    interrupt_and_resume(make(name, *options, folder="whole"), make(name, *options), resumed)
 
 
-def test_a_unet_resumes_bit_for_bit(make_unet, monkeypatch):
+def test_a_unet_resumes_bit_for_bit(make_unet):
     options = ["--train.deterministic", "true", "--train.channels_last", "true", "--train.mixed_precision", "bf16"]
     resumed = make_unet(*options, "--resume", "auto")
-    interrupt_and_resume(monkeypatch, make_unet(*options, folder="whole"), make_unet(*options), resumed)
+    interrupt_and_resume(make_unet(*options, folder="whole"), make_unet(*options), resumed)
 
 
 def test_the_same_bits_are_refused_once_cuda_has_started_without_the_setting(make, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from test_loop import assert_same_run, trace, weights
 
 from integrations import config, latents, loop
@@ -90,6 +91,26 @@ def test_latents_that_do_not_fit_are_refused(make, tmp_path):
     options = ["--data.subset_fraction", "0.03", "--data.subset_seed", "1"]  # other rows than were encoded
     with pytest.raises(config.RecipeError, match="has other latents of row"):
         loop.train(make(NAME, *place, *options, folder="other"), progress=False)
+
+
+def test_latents_notice_a_changed_file_and_not_that_the_folder_is_a_copy(make, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(16):
+        Image.new("L", (8, 8), i).save(pictures / f"{i}.png")
+    options = ["--data.source", f"folder:{pictures}", "--data.latents", str(tmp_path / "latents")]
+    options += ["--coupling.condition", "null", "--objective.caption", "empty", "--train.steps", "1"]
+    loop.train(make(NAME, *options, folder="first"), progress=False)
+    shutil.copytree(pictures, tmp_path / "copy", copy_function=shutil.copyfile)  # with another time
+    shutil.rmtree(pictures)
+    (tmp_path / "copy").rename(pictures)
+    about = tmp_path / "latents" / "about.json"
+    told = json.loads(about.read_text())
+    about.write_text(json.dumps({name: value for name, value in told.items() if name != "data.interpolation"}))
+    loop.train(make(NAME, *options, folder="copied"), progress=False)  # latents of before that was told
+    Image.effect_noise((8, 8), 9.0).save(pictures / "3.png")
+    with pytest.raises(config.RecipeError, match=r"was made with files '16, .*', not '16, .*': name another folder"):
+        loop.train(make(NAME, *options, folder="changed"), progress=False)
 
 
 def test_a_stream_has_no_rows_to_keep():

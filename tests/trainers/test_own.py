@@ -127,7 +127,7 @@ def test_a_choice_on_the_command_line_takes_the_place_of_the_recipes(own_recipe)
         (["--optimizer.class_path", "own_networks.Net"], "optimizer.class_path: .*subclass of Optimizer"),
         (["--objective.class_path", "own_networks.Net"], "objective.class_path: .*subclass of Objective"),
         (["--data.class_path", "own_networks.Net"], "data.class_path: .*subclass of Dataset"),
-        (["--data.class_path", "own_classes.Unnamed"], "data.class_path: own_classes.Unnamed has labels, expected"),
+        (["--data.class_path", "own_classes.Unnamed"], "data.class_path: got 'own_classes.Unnamed', expected an"),
         ([*NET, "--train.gradient_checkpointing", "true"], "train.gradient_checkpointing: .*own_networks.Net has no"),
         (["--data.init_args.rows", "3"], "data.init_args: got {'rows': 3}, expected data.class_path too"),
         (["--train.ddp.bucket_cap", "3"], "train.ddp: got an unexpected keyword argument 'bucket_cap'"),

@@ -2,7 +2,7 @@ import dataclasses
 import json
 import os
 import re
-import socket
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,9 +13,11 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from test_loop import free_port
+from tiny_recipes import tiny
 
 from integrations import checkpoint, evaluate, export, features, loop, measure, sample
-from integrations.config import ConvNext, Ncsnpp, RecipeError
+from integrations.config import ConvNext, Data, Ncsnpp, RecipeError
 from integrations.data import load_source, to_signed
 from integrations.models import build_model
 
@@ -24,8 +26,6 @@ from integrations.models import build_model
     scope="module", params=["ddim-digits", "flow-matching-digits", "consistency-digits", "stable-diffusion-digits"]
 )
 def run(request, tmp_path_factory):
-    from tiny_recipes import tiny
-
     recipe = tiny(request.param, tmp_path_factory.mktemp("run") / request.param, "--train.ema_decay", "0.5")
     return loop.train(recipe, progress=False)
 
@@ -67,7 +67,18 @@ def test_sample_writes_grids_and_images(run, tmp_path):
         np.testing.assert_array_equal(np.array(image), pixels[7, ..., 0])
 
 
-def test_evaluate_writes_a_line_for_each_number_of_steps(run, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier of few steps: one that is good takes seconds."""
+    path = tmp_path_factory.mktemp("features") / "classifier.safetensors"
+    network, accuracy = features.train_classifier(load_source(Data("digits")), steps=3)
+    network.save(path, accuracy)
+    return path
+
+
+def test_evaluate_writes_a_line_for_each_number_of_steps(run, classifier, tmp_path, capsys):
+    if run.name != "ddim-digits":  # which trains its own
+        shutil.copy(classifier, run)
     evaluate.main([str(run), "--steps", "1", "2", "--samples", "80", "--output", str(tmp_path / "scores.jsonl")])
     found = lines(tmp_path / "scores.jsonl")
     assert [line["sampling_steps"] for line in found] == [1, 2]
@@ -114,52 +125,62 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [(sample, "got WORLD_SIZE 2, expected one process"), (evaluate, "WORLD_SIZE is 2, but MASTER_ADDR")],
-)
-def test_several_processes_that_would_write_the_same_results_are_refused(run, capsys, monkeypatch, program, message):
+@pytest.mark.parametrize("program", [sample, evaluate, export])
+def test_several_processes_that_would_write_the_same_results_are_refused(run, capsys, monkeypatch, program):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(SystemExit) as end:
-        program.main([str(run)])
+        program.main([str(run), *(["--output", "none"] if program is export else [])])
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    said = "WORLD_SIZE: got 2, expected one process" if program is export else "WORLD_SIZE is 2, but MASTER_ADDR"
+    assert said in capsys.readouterr().err
 
 
-def evaluate_in_child(argvs, rank, port, cache):
+def sample_and_evaluate(run, folder, names=("scores",)):
+    for kind in ("folder", "npz"):
+        images = ["--images", kind, "--output", str(folder)]
+        sample.main([str(run), "--steps", "1", "--samples", "90", *images])
+    for name in names:
+        evaluate.main([str(run), "--steps", "1", "--samples", "201", "--output", str(folder / name)])
+
+
+def sample_and_evaluate_in_child(run, folder, names, rank, port):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "XDG_CACHE_HOME": str(cache)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     measure.KID_IMAGES = 150
-    for argv in argvs:
-        evaluate.main(argv)
+    sample_and_evaluate(run, folder, names)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_the_samples_and_measure_what_one_does(make, tmp_path, processes, monkeypatch):
+def test_two_processes_share_the_samples_and_draw_and_measure_what_one_does(
+    make, classifier, tmp_path, processes, monkeypatch
+):
     output = loop.train(make("flow-matching-digits"), progress=False)
-    network, accuracy = features.train_classifier(load_source(make("ddim-digits").data), steps=3)
-    network.save(output / "classifier.safetensors", accuracy)
+    shutil.copy(classifier, output)
     monkeypatch.setattr(measure, "KID_IMAGES", 150)  # not all, of either side
-    argv = [str(output), "--steps", "1", "--samples", "201", "--output"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    evaluate.main([*argv, str(tmp_path / "one.jsonl")])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    again = [[*argv, str(tmp_path / name)] for name in ("scanned", "kept")]
-    children = [processes.Process(target=evaluate_in_child, args=(again, i, port, tmp_path / "two")) for i in range(2)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one" / "cache"))
+    sample_and_evaluate(output, tmp_path / "one")
+    port, again = free_port(), (output, tmp_path / "two", ("scanned", "kept"))
+    children = [processes.Process(target=sample_and_evaluate_in_child, args=(*again, i, port)) for i in range(2)]
     for child in children:
         child.start()
     for child in children:
         child.join(120)
     assert [child.exitcode for child in children] == [0, 0]
-    (one,), *others = (lines(tmp_path / name) for name in ("one.jsonl", "scanned", "kept"))
+    (one,), *others = (lines(tmp_path / name) for name in ("one/scores", "two/scanned", "two/kept"))
     for (other,) in others:
         assert other == {**one, **{name: pytest.approx(one[name], rel=1e-5) for name in ("fid", "kid", "kid_std")}}
-    (a,), (b,) = ((tmp_path / name / "couplings").iterdir() for name in ("one", "two"))
+    (a,), (b,) = ((tmp_path / name / "cache/couplings").iterdir() for name in ("one", "two"))
     assert a.name == b.name
+    drawn, shared = ({path.name: path for path in (tmp_path / name).glob("**/*.png")} for name in ("one", "two"))
+    assert drawn.keys() == shared.keys() == {"steps-1.png", *(f"{i:05}.png" for i in range(90))}
+    for name, path in drawn.items():
+        with Image.open(path) as expected, Image.open(shared[name]) as found:
+            np.testing.assert_allclose(np.array(found, int), np.array(expected, int), atol=1)
+    drawn, shared = (np.load(tmp_path / name / "steps-1.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    np.testing.assert_allclose(shared, drawn, atol=1)
 
 
 def lines(path):
@@ -206,6 +227,25 @@ def test_samples_are_drawn_in_the_precision_of_the_run_or_that_asked_for(make):
     assert found["bf16"].dtype == torch.float32
     with pytest.raises(RecipeError, match=r"evaluate.mixed_precision: got 'fp16', expected 'bf16' or 'no' on a CPU"):
         measure.load_trained(output, ["--evaluate.mixed_precision", "fp16"])
+
+
+def test_products_are_rounded_as_in_training_when_samples_are_drawn_and_at_no_other_time(make, monkeypatch):
+    output = loop.train(make("ddim-digits", "--train.steps", "1"), progress=False)
+    trained, seen = measure.load_trained(output, ["--train.tf32", "true"]), []
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    inner = type(trained.objective).sample
+
+    def sampled(*given):
+        seen.append([backend.allow_tf32 for backend in backends])
+        return inner(*given)
+
+    monkeypatch.setattr(type(trained.objective), "sample", sampled)
+    for rounded in (True, False, None):
+        trained.recipe.train.tf32 = rounded
+        before = [backend.allow_tf32 for backend in backends]
+        for _ in measure.draw(trained, 2, 1):
+            assert [backend.allow_tf32 for backend in backends] == before
+        assert seen.pop() == (before if rounded is None else [rounded, rounded])
 
 
 def test_the_exported_pipeline_draws_what_the_trainer_draws(run):
@@ -278,8 +318,6 @@ for folder in folders:
 
 
 def test_the_lines_in_an_exported_folder_draw_images_offline_and_without_this_package(tmp_path):
-    from tiny_recipes import tiny
-
     folders = []
     names = ("ddim-digits", "flow-matching-digits", "class-conditional-digits", "consistency-digits")
     for name in (*names, "stable-diffusion-digits"):
@@ -301,8 +339,6 @@ def test_the_lines_in_an_exported_folder_draw_images_offline_and_without_this_pa
 
 
 def test_more_steps_of_euler_approach_dopri5(tmp_path):
-    from tiny_recipes import tiny
-
     options = {"train.steps": "30", "train.ema_decay": "0", "optimizer.lr": "0.02", "optimizer.warmup_steps": "0"}
     overrides = [argument for field, value in options.items() for argument in (f"--{field}", value)]
     output = loop.train(tiny("flow-matching-digits", tmp_path, *overrides), progress=False)

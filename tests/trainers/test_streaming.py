@@ -4,6 +4,8 @@ import itertools
 import pytest
 import torch
 from PIL import Image
+from test_loop import assert_same_run
+from tiny_recipes import interrupted
 
 from integrations import config, loop
 from integrations.data import DataError, Piece, load_source
@@ -95,21 +97,10 @@ def overrides(files, *further):
     return [argument for name, value in options.items() for argument in (f"--{name}", value)] + list(further)
 
 
-def test_a_streamed_run_that_was_interrupted_resumes_bit_for_bit_in_a_later_epoch(make, monkeypatch, files):
-    from test_loop import assert_same_run
-
+def test_a_streamed_run_that_was_interrupted_resumes_bit_for_bit_in_a_later_epoch(make, files):
     whole = loop.train(make("flow-matching-digits", *overrides(files), folder="whole"), progress=False)
-    inner = loop.Run.train_step
-
-    def interrupted(self, blocks):
-        if self.step == 7:  # three steps an epoch
-            raise KeyboardInterrupt
-        return inner(self, blocks)
-
-    monkeypatch.setattr(loop.Run, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(7):  # three steps an epoch
         loop.train(make("flow-matching-digits", *overrides(files)), progress=False)
-    monkeypatch.setattr(loop.Run, "train_step", inner)
     again = overrides(files, "--resume", "auto", "--data.workers", "2")
     assert_same_run(whole, loop.train(make("flow-matching-digits", *again), progress=False), 9)
 
@@ -138,7 +129,7 @@ def test_damaged_images_of_a_streamed_folder_are_named_and_replaced(tmp_path, ma
 def test_a_stream_shorter_than_said_or_of_unknown_length_is_refused(files):
     with pytest.raises(DataError, match=r"ended before its row 60"):
         list(stream(files, rows=70).scan(100))
-    with pytest.raises(config.RecipeError, match=r"data.rows: got null"):
+    with pytest.raises(config.RecipeError, match=r"data.rows: got None, expected the number"):
         stream(files, rows=None)
 
 

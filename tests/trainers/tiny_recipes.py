@@ -4,7 +4,12 @@ In a module of its own, not in ``conftest``: a forked test process looks for nam
 modules of that name.
 """
 
-from integrations import config
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+
+from integrations import config, loop
 
 TINY = {
     "train.steps": "6",
@@ -22,13 +27,34 @@ TINY_MODELS = {
 }
 
 
+@contextmanager
+def interrupted(at):
+    """Within, a training is interrupted before its step ``at``, counted from 0."""
+    inner = loop.Run.train_step
+
+    def train_step(self, blocks):
+        if self.step == at:
+            raise KeyboardInterrupt
+        return inner(self, blocks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "train_step", train_step)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def first_block(run):
     """The first block of a run, unpaired."""
     return run.pairs.load(next(run.pairs.batches(range(1), 0)), 0, 0)
 
 
+@cache
+def shrunk(name):
+    """Overrides that make a bundled recipe run in a second."""
+    options = {**TINY, **TINY_MODELS[config.load([name]).model.name]}
+    return [argument for field, value in options.items() for argument in (f"--{field}", value)]
+
+
 def tiny(name, output, *overrides):
     """A bundled recipe shrunk to run in a second."""
-    options = {**TINY, **TINY_MODELS[config.load([name]).model.name]}
-    shrunk = [argument for field, value in options.items() for argument in (f"--{field}", value)]
-    return config.load([name, *shrunk, "--output", str(output), *overrides])
+    return config.load([name, *shrunk(name), "--output", str(output), *overrides])
