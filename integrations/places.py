@@ -65,7 +65,7 @@ def check_output(recipe: Recipe) -> None:
         If there are checkpoints, or the output is no folder.
     """
     output = recipe.output
-    expect(output.is_dir() or not output.exists(), "output", str(output), "a folder, or a new one's name")
+    expect(not output.exists() or output.is_dir(), "output", str(output), "a folder, or a new one's name")
     if not recipe.resume and has_checkpoints(output):
         msg = f"{output} already holds checkpoints: continue with --resume auto, or choose another --output"
         raise RecipeError(msg)

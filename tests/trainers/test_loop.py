@@ -702,6 +702,20 @@ def test_blocks_that_do_not_divide_among_the_processes_are_refused_with_the_arit
         places.divide(make("ddim-digits"), 3)
 
 
+@pytest.mark.parametrize("moment", ["is_dir", "exists"])
+def test_a_folder_that_another_process_makes_meanwhile_is_no_mistake(tmp_path, monkeypatch, moment):
+    asked = getattr(Path, moment)
+
+    def answered(path, *arguments, **options):
+        answer = asked(path, *arguments, **options)
+        path.mkdir(exist_ok=True)
+        return answer
+
+    recipe = make("ddim-digits", "--output", str(tmp_path / "run"))
+    monkeypatch.setattr(Path, moment, answered)
+    places.check_output(recipe)
+
+
 def test_no_two_blocks_share_random_numbers():
     seeds = {
         address(0, step, block, 4, purpose)
