@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -703,15 +704,16 @@ def test_blocks_that_do_not_divide_among_the_processes_are_refused_with_the_arit
 
 
 @pytest.mark.parametrize("moment", ["is_dir", "exists"])
-def test_a_folder_that_another_process_makes_meanwhile_is_no_mistake(tmp_path, monkeypatch, moment):
+def test_a_folder_that_another_process_makes_meanwhile_is_no_mistake(make, monkeypatch, moment):
     asked = getattr(Path, moment)
 
     def answered(path, *arguments, **options):
         answer = asked(path, *arguments, **options)
-        path.mkdir(exist_ok=True)
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
         return answer
 
-    recipe = make("ddim-digits", "--output", str(tmp_path / "run"))
+    recipe = make("ddim-digits")
+    assert not recipe.output.exists()
     monkeypatch.setattr(Path, moment, answered)
     places.check_output(recipe)
 
