@@ -20,12 +20,13 @@ from torch import nn
 
 from . import lpips
 from .build import build_coupling, build_objective, candidates
-from .config import HUB, Consistency, Data, Recipe, RecipeError, StableDiffusion
+from .config import Recipe, RecipeError
 from .data import load_source
 from .features import inception_path
 from .models import build_model
 from .objective import Objective
 from .places import divide, launch_file
+from .sections import HUB, Consistency, Data, StableDiffusion
 
 # Rows and classes by the data sets' cards.
 KNOWN = {

@@ -15,9 +15,10 @@ from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline,
 from PIL import Image
 
 from integrations import checkpoint, evaluate, export, features, loop, measure, sample
-from integrations.config import ConvNext, Ncsnpp, RecipeError
+from integrations.config import RecipeError
 from integrations.data import load_source, to_signed
 from integrations.models import build_model
+from integrations.network_sections import ConvNext, Ncsnpp
 
 
 @pytest.fixture(
