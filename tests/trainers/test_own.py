@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
+from own_networks import Captioned
 from PIL import Image
 from safetensors.torch import save_file
 from test_loop import assert_same_run, trace
@@ -210,6 +212,24 @@ def test_an_exported_network_of_ones_own_opens_where_its_module_is_not_there(own
     command = [sys.executable, "-I", "-S", "-c", OUTSIDE, sysconfig.get_path("purelib"), *folders]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+def test_a_network_of_ones_own_is_told_captions_and_draws_in_its_pipeline_as_in_the_trainer(own_recipe):
+    told = ["--model.class_path", "own_networks.Captioned", "--objective.caption", "class", "--train.steps", "2"]
+    output = loop.train(own_recipe(*told, name="stable-diffusion-digits"), progress=False)
+    trained = measure.load_trained(output)
+    assert isinstance(trained.model.network, Captioned)
+    noise = torch.randn(1, *trained.objective.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        nine, three = (trained.objective.sample(trained.model, noise, 2, told=torch.tensor([n])) for n in (9, 3))
+    assert not torch.equal(nine, three)
+    pipeline = DiffusionPipeline.from_pretrained(
+        output / "pipeline", custom_pipeline=trained.objective.pipeline_name, trust_remote_code=True
+    )
+    scale = trained.objective.config.guidance_scale
+    assert scale > 1
+    drawn = pipeline("9", latents=noise, num_inference_steps=2, guidance_scale=scale, output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(drawn).mean(3) * 2 - 1, nine[:, 0], rtol=0, atol=1e-4)
 
 
 def test_a_network_that_is_saved_and_opened_answers_the_same(own_recipe, tmp_path):
