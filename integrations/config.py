@@ -17,27 +17,10 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from . import sections
 from .coupling_section import DATASET_METHODS, CouplingSection
 from .network_sections import MODELS, Adm, ConditionUnet, Network, OwnNetwork, Unet
-from .sections import (
-    OBJECTIVES,
-    OPTIMIZERS,
-    Consistency,
-    Data,
-    Ddim,
-    Evaluate,
-    Launch,
-    Optimizer,
-    Own,
-    OwnObjective,
-    OwnOptimizer,
-    RecipeError,
-    Schedule,
-    StableDiffusion,
-    Train,
-    closest,
-    expect,
-)
+from .sections import Own, OwnObjective, RecipeError, closest, expect
 
 RECIPES = Path(__file__).parent / "recipes"
 LAUNCH = Path(__file__).parent / "launch"
@@ -45,17 +28,9 @@ LAUNCH = Path(__file__).parent / "launch"
 # --help shows the text below each field; a section may have fields named class_path and init_args.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=["is_pure_dataclass"])
 
-SECTIONS: dict[str, type] = {
-    "objective": OwnObjective,
-    "data": Data,
-    "model": OwnNetwork,
-    "optimizer": OwnOptimizer,
-    "coupling": CouplingSection,
-    "train": Train,
-    "evaluate": Evaluate,
-    "launch": Launch,
-}
-KINDS = {"objective": OBJECTIVES, "model": MODELS, "optimizer": OPTIMIZERS}
+ALL = (OwnObjective, sections.Data, OwnNetwork, sections.OwnOptimizer, CouplingSection)
+SECTIONS: dict[str, type] = {kind.section: kind for kind in (*ALL, sections.Train, sections.Evaluate, sections.Launch)}
+KINDS = {"objective": sections.OBJECTIVES, "model": MODELS, "optimizer": sections.OPTIMIZERS}
 """Sections whose fields depend on what they name, by short names; `SECTIONS` has those for a class of the user's."""
 
 
@@ -65,29 +40,30 @@ class Recipe:
 
     name: str
     objective: Any
-    data: Data
+    data: sections.Data
     model: Any
-    optimizer: Optimizer | OwnOptimizer
+    optimizer: sections.Optimizer | sections.OwnOptimizer
     coupling: CouplingSection
-    train: Train
-    evaluate: Evaluate
-    launch: Launch
+    train: sections.Train
+    evaluate: sections.Evaluate
+    launch: sections.Launch
     output: Path
     resume: bool = False
     plan: bool = False
 
     def __post_init__(self) -> None:
         objective, model, data, train = self.objective, self.model, self.data, self.train
-        captioned, own = isinstance(objective, StableDiffusion), isinstance(objective, Own) or isinstance(model, Own)
+        captioned = isinstance(objective, sections.StableDiffusion)
+        own = isinstance(objective, Own) or isinstance(model, Own)
         fitting = [name for name, kind in MODELS.items() if (kind is ConditionUnet) == captioned]
         self._expect(own or model.name in fitting, "model.name", f"{' or '.join(fitting)} for {objective.name}")
         if isinstance(model, Network) and data.side is not None and not captioned:
             model.check_side(data.side)
         most = max(self.evaluate.steps)
-        if isinstance(objective, Consistency):
+        if isinstance(objective, sections.Consistency):
             levels = objective.s1 + 1
             self._expect(most <= levels, "evaluate.steps", f"at most objective.s1 + 1 = {levels}")
-        elif isinstance(objective, Ddim):
+        elif isinstance(objective, sections.Ddim):
             levels = objective.diffusion_steps
             self._expect(most <= levels, "evaluate.steps", f"at most objective.diffusion_steps = {levels}")
         told, dropped = model.classes is not None, getattr(objective, "class_dropout", 0) > 0
@@ -111,15 +87,13 @@ class Recipe:
             expect(False, name, attrgetter(name)(self), expected)
 
     def sections(self) -> dict[str, Any]:
-        """Return the recipe as plain nested values, as ``recipe.yaml`` holds them."""
-        values = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        if "betas" in values["optimizer"]:
-            values["optimizer"]["betas"] = list(self.optimizer.betas)
-        return values | {"output": str(self.output)}
+        """Return the recipe as plain nested values."""
+        return yaml.safe_load(self.text())
 
     def text(self) -> str:
-        """Return the resolved recipe as YAML."""
-        return yaml.safe_dump(self.sections(), sort_keys=False)
+        """Return the resolved recipe as YAML, as ``recipe.yaml`` holds it."""
+        values = {section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS}
+        return yaml.safe_dump(values | {"output": str(self.output)}, sort_keys=False)
 
 
 # Reading
@@ -150,9 +124,9 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
         _check_names(files, flags, parser)
         read = [word for file in files for word in ("--recipe", yaml.safe_dump(file))]
         values = parser.instantiate(parser.parse_args([*read, *flags]))
-        sections = {section: values[section] for section in SECTIONS}
+        chosen = {section: values[section] for section in SECTIONS}
         output = Path(values.output or f"runs/{path.stem}")
-        return Recipe(path.stem, **sections, output=output, resume=values.resume == "auto", plan=values.plan)
+        return Recipe(path.stem, **chosen, output=output, resume=values.resume == "auto", plan=values.plan)
     except (ArgumentError, RecipeError) as error:
         msg = f"{path}: {' '.join(str(error).split())}"
         raise RecipeError(msg) from None
@@ -213,7 +187,7 @@ def _choose(recipe: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, st
     for section, known in KINDS.items():
         said = recipe[section]
         if section == "optimizer" and "class_path" not in said:
-            said.setdefault("name", Optimizer.name)
+            said.setdefault("name", sections.Optimizer.name)
         said_path, said_name = said.get("class_path"), said.get("name")
         both = said_path is not None and "name" in said
         expect(not both, f"{section}.name", said_name, f"null with {section}.class_path, one of the two")
@@ -223,7 +197,7 @@ def _choose(recipe: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, st
         expect(path is not None or name in [*known], f"{section}.name", name, expected)
         names[section], kinds[section] = (name, known[name]) if path is None else (None, SECTIONS[section])
         if path != said_path or (path is None and kinds[section] is not known.get(str(said_name))):
-            kept = {entry.name for entry in dataclasses.fields(Schedule)} if section == "optimizer" else ()
+            kept = {entry.name for entry in dataclasses.fields(sections.Schedule)} if section == "optimizer" else ()
             recipe[section] = {field: value for field, value in said.items() if field in kept}
     return names, kinds
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
-from .sections import Section, check_importable, closest, expect
+from .sections import Count, Section, check_importable, closest, expect
 
 METHODS = (
     *("independent", "hungarian", "lapjv", "auction", "emd", "sinkhorn", "greedy", "stable", "sliced", "nearest"),
@@ -56,14 +56,14 @@ class CouplingSection(Section):
     accumulated batches."""
     condition: Literal["class"] | None = None
     """``class`` couples within each class only, so that the noise given the class stays Gaussian."""
-    window: int = 1
+    window: Count = 1
     """Optimizer steps whose blocks are coupled together, ahead of training: the optimal transport batch is that many
     times as large."""
     options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Options of the method, as ``--coupling.options.reg 0.2``."""
 
     def __post_init__(self) -> None:
-        self.at_least(1, "window")
+        super().__post_init__()
         told, (self.method, options) = self.method, split_method(self.method)
         for name in options:
             expect(name not in self.options, "coupling.method", told, f"{name} here or in coupling.options, once")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from .sections import Own, Section, expect
+from .sections import Count, Own, Section, expect
 
 
 @dataclass
@@ -16,11 +16,8 @@ class Network(Section):
     name: str = ""
     parameters: int | None = None
     """How many parameters the network has, for readers; ``--plan`` compares it with the count."""
-    classes: int | None = None
+    classes: Annotated[int | None, "at least 2, or null", lambda classes: classes is None or classes >= 2] = None
     """Classes that the network can be told; null is an unconditional network."""
-
-    def __post_init__(self) -> None:
-        self.at_least(2, "classes")
 
     def check_side(self, side: int) -> None:
         """Refuse images of a side that the network cannot take."""
@@ -59,7 +56,7 @@ class ConvNext(Network):
     """A small ConvNeXt-like network on patches: trains on CPU cores."""
 
     name: Literal["convnext"] = "convnext"
-    patch_size: int = 4
+    patch_size: Count = 4
     """Side of a patch in pixels; the blocks see one token per patch."""
     width: int = 128
     """Channels of a token."""
@@ -67,13 +64,8 @@ class ConvNext(Network):
     """Number of blocks."""
     expansion: int = 3
     """Hidden channels of a block's MLP, in multiples of the width."""
-    kernel_size: int = 5
+    kernel_size: Annotated[int, "an odd number", lambda size: size % 2 == 1] = 5
     """Side of the depthwise convolution, in patches."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "patch_size")
-        self.expect(self.kernel_size % 2 == 1, "kernel_size", "an odd number")
 
     def check_side(self, side: int) -> None:
         """Refuse images that patches do not fill."""

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shlex
 import statistics
-import time
+import timeit
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -246,11 +246,7 @@ def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats
     coupling, generator = build_coupling(alone), torch.Generator().manual_seed(0)
     data = torch.rand(rows, *shape, generator=generator) * 2 - 1
     noise = torch.randn(rows * candidates(coupling), *shape, generator=generator)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        coupling(data, noise)
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: coupling(data, noise), number=1, repeat=repeats + 1)
     times = 1 if pooled else accumulation
     window = recipe.coupling.window
     milliseconds = 1000 * statistics.median(seconds[1:]) * times / window

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 class RecipeError(ValueError):
@@ -55,18 +55,25 @@ class Section:
     """Its name in a recipe."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot run: each section adds its own checks."""
+        """Refuse values that a field's `Annotated` type does not hold; what fields ask of each other, sections add."""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is Annotated:
+                _, expected, holds = get_args(hint)
+                self.expect(holds(getattr(self, name)), name, expected)
 
     def expect(self, holds: bool, name: str, expected: str) -> None:
         """Refuse the value of the field ``name`` unless ``holds``."""
         expect(holds, f"{self.section}.{name}", getattr(self, name), expected)
 
-    def at_least(self, least: int, *names: str) -> None:
-        """Refuse values of fields below ``least``; null is right where it is the default."""
-        for name in names:
-            value, null = getattr(self, name), ", or null" if getattr(type(self), name) is None else ""
-            self.expect(value is None or value >= least, name, f"at least {least}{null}")
 
+# Types of fields: what is expected, and whether a value is so. Within a section such a function knows built-ins only.
+Count = Annotated[int, "at least 1", lambda value: value >= 1]
+CountOrNull = Annotated[int | None, "at least 1, or null", lambda value: value is None or value >= 1]
+Whole = Annotated[int, "at least 0", lambda value: value >= 0]
+Positive = Annotated[float, "a positive number", lambda value: value > 0]
+Caption = Annotated[str, "empty, class or column:NAME", lambda name: bool(re.fullmatch("empty|class|column:.+", name))]
+Scale = Annotated[float, "at least 1", lambda value: value >= 1]
+Steps = Annotated[list[int], "positive numbers of sampling steps", lambda steps: min(steps, default=0) >= 1]
 
 Arguments = dict[str, bool | int | float | str | list | dict | None]
 
@@ -99,14 +106,13 @@ class ClassConditional(Section):
 
     section: ClassVar[str] = "objective"
     name: str = ""
-    class_dropout: float = 0.0
+    class_dropout: Annotated[float, "a share of at least 0, below 1", lambda share: 0 <= share < 1] = 0.0
     """Share of the rows whose class is not told to the network, for guidance when sampling: 0.1 is usual."""
-    guidance_scale: float = 1.0
+    guidance_scale: Scale = 1.0
     """Classifier-free guidance towards the class when sampling (arXiv 2207.12598); 1 is none."""
 
     def __post_init__(self) -> None:
-        self.expect(0 <= self.class_dropout < 1, "class_dropout", "a share of at least 0, below 1")
-        self.expect(self.guidance_scale >= 1, "guidance_scale", "at least 1")
+        super().__post_init__()
         learned = "1 with objective.class_dropout = 0: away from no class, which the network has not learned"
         self.expect(self.guidance_scale == 1 or self.class_dropout > 0, "guidance_scale", learned)
 
@@ -120,7 +126,7 @@ class Ddim(ClassConditional):
     """What the network regresses: the noise, the velocity or the clean image."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule: linear betas, or the squared cosine of arXiv 2102.09672."""
-    diffusion_steps: int = 1000
+    diffusion_steps: Count = 1000
     """Number of noise levels trained."""
     beta_start: float = 1e-4
     """First beta of the linear schedule."""
@@ -135,10 +141,6 @@ class Ddim(ClassConditional):
     """Clip the predicted clean image to [-1, 1] at every sampling step."""
     eta: float = 0.0
     """Noise put back while sampling: 0 is DDIM, 1 is ancestral sampling."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "diffusion_steps")
 
 
 @dataclass
@@ -167,9 +169,9 @@ class Consistency(ClassConditional):
     variant: Literal["ct", "ict"] = "ct"
     """``ct`` as first published; ``ict`` the improved one: lognormal noise levels, weights 1 / (step between levels),
     doubling discretisation, no average for the target."""
-    total_steps: int = 800_000
+    total_steps: Count = 800_000
     """K of the schedules N(k) and mu(k), in optimizer steps. It stays when train.steps is less."""
-    s0: int = 2
+    s0: Count = 2
     """Intervals between noise levels at the start."""
     s1: int = 150
     """Intervals between noise levels at the end."""
@@ -198,7 +200,6 @@ class Consistency(ClassConditional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "s0", "total_steps")
         self.expect(self.s1 >= self.s0, "s1", f"at least objective.s0 = {self.s0}")
 
 
@@ -215,10 +216,10 @@ class StableDiffusion(Section):
     """Commit, tag or branch of a pipeline of the hub; null is its newest, which may change."""
     frozen_precision: Literal["fp32", "fp16"] = "fp32"
     """Number format of the frozen networks."""
-    caption: str = "empty"
+    caption: Caption = "empty"
     """What the network is told: nothing (``empty``), the name of the image's ``class``, or the text in a column of the
     data, as ``column:text``. Of several texts of an image one is drawn in every step; none is the empty caption."""
-    caption_dropout: float = 0.0
+    caption_dropout: Annotated[float, "a share between 0 and 1", lambda share: 0 <= share <= 1] = 0.0
     """Share of the captions replaced by the empty one, for guidance when sampling."""
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the network regresses: the noise, the velocity or the clean latents."""
@@ -228,16 +229,13 @@ class StableDiffusion(Section):
     """Standard deviation of a shift added to each channel of the noise, after the coupling."""
     sampler: Literal["ddim", "pndm"] = "ddim"
     """Sampling scheme."""
-    guidance_scale: float = 1.0
+    guidance_scale: Scale = 1.0
     """Classifier-free guidance when sampling; 1 is none."""
     autoencoder_parameters: int | None = None
     """How many parameters the autoencoder has, for readers; ``--plan`` compares it with the count."""
 
     def __post_init__(self) -> None:
-        known = self.caption in ("empty", "class") or re.fullmatch("column:.+", self.caption)
-        self.expect(bool(known), "caption", "empty, class or column:NAME")
-        self.expect(0 <= self.caption_dropout <= 1, "caption_dropout", "a share between 0 and 1")
-        self.expect(self.guidance_scale >= 1, "guidance_scale", "at least 1")
+        super().__post_init__()
         fits = self.sampler == "ddim" or self.prediction != "sample"
         self.expect(fits, "sampler", "ddim for objective.prediction = sample")
 
@@ -285,14 +283,14 @@ class Data(Section):
     streaming: bool = False
     """Read a ``folder`` or hub data set from beginning to end, without storing it first. Every process reads all of it
     and decodes its own rows; resuming passes over the rows that the epoch has had."""
-    shuffle_buffer: int = 5000
+    shuffle_buffer: Count = 5000
     """Rows of a stream among which the next one is drawn; held in memory as encoded images."""
-    rows: int | None = None
+    rows: CountOrNull = None
     """Number of rows of a stream; null takes what the data set says."""
-    resolution: int | None = None
+    resolution: CountOrNull = None
     """Side of the square images in pixels: the largest centred square (or ``crop``) is resized to it. Null keeps the
     images of ``digits``, ``photo-crops``, ``idx`` and square data sets as they are."""
-    crop: int | None = None
+    crop: CountOrNull = None
     """Side of the centred square to keep before resizing, in pixels; null keeps the largest."""
     interpolation: Literal["lanczos", "bilinear"] = "lanczos"
     """Filter of that resizing."""
@@ -300,7 +298,7 @@ class Data(Section):
     """File with a name for each class, one a line, in the order of the labels; null takes the data set's own."""
     mode: Literal["RGB", "L"] = "RGB"
     """Colour or grey images, for ``folder`` and hub data sets."""
-    subset_fraction: float = 1.0
+    subset_fraction: Annotated[float, "a share above 0, at most 1", lambda share: 0 < share <= 1] = 1.0
     """Share of the rows to use, drawn with ``subset_seed``."""
     subset_seed: int = 0
     """Seed of that draw."""
@@ -312,10 +310,11 @@ class Data(Section):
     latents: str | None = None
     """Encode all images once, before training, rather than those of each step in every step: ``cache`` keeps the
     latents in the run's folder, a path in a folder that runs may share. Their noise is drawn in every step."""
-    workers: int = 0
+    workers: Whole = 0
     """Processes that load images, threads that decode a stream; 0 loads in the training process itself."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.source = self.source or self.class_path or "digits"
         own, pinned = self.class_path is not None, self.revision is not None
         kind, _, place = self.source.partition(":")
@@ -329,12 +328,9 @@ class Data(Section):
         held = own or kind in ("digits", "photo-crops", "idx")
         self.expect(not (pinned and (held or kind == "folder")), "revision", f"null for {self.source}")
         self.expect(not (held and self.streaming), "streaming", f"false for data.source = {self.source}")
-        self.expect(0 < self.subset_fraction <= 1, "subset_fraction", "a share above 0, at most 1")
         if self.streaming:
             self.expect(self.subset_fraction == 1, "streaming", "false for a subset of the rows")
             self.expect(self.latents is None, "latents", "null for data.streaming, which has no rows by number")
-        self.at_least(1, "resolution", "crop", "rows", "shuffle_buffer")
-        self.at_least(0, "workers")
 
     @property
     def side(self) -> int | None:
@@ -351,20 +347,14 @@ class Schedule(Section):
     """The learning rate over training."""
 
     section: ClassVar[str] = "optimizer"
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Learning rate after warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Whole = 0
     """Optimizer steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """What happens after warm-up, until ``train.steps``."""
-    clip: float | None = 1.0
+    clip: Annotated[float | None, "a positive number or null", lambda clip: clip is None or clip > 0] = 1.0
     """Largest gradient norm; null does not clip."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.expect(self.lr > 0, "lr", "a positive number")
-        self.expect(self.clip is None or self.clip > 0, "clip", "a positive number or null")
-        self.at_least(0, "warmup_steps")
 
 
 @dataclass
@@ -398,14 +388,14 @@ class Train(Section):
     """The loop."""
 
     section: ClassVar[str] = "train"
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    global_batch_size: int = 128
+    global_batch_size: Count = 128
     """Rows per optimizer step, over all processes."""
-    batch_size_per_device: int = 128
+    batch_size_per_device: Count = 128
     """Rows coupled together and passed through the network at once. Gradient accumulation is derived:
     global_batch_size / (batch_size_per_device * processes)."""
-    seed: int = 0
+    seed: Whole = 0
     """Decides initial weights, data order, noise, times and augmentation."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Arithmetic of the network."""
@@ -425,7 +415,7 @@ class Train(Section):
     ddp: dict[str, bool | int] = field(default_factory=dict)
     """How gradients are averaged over processes: options of accelerate's ``DistributedDataParallelKwargs``, as
     ``--train.ddp.bucket_cap_mb 50``; ``gradient_as_bucket_view`` is true."""
-    ema_decay: float = 0.9999
+    ema_decay: Annotated[float, "at least 0 and below 1", lambda decay: 0 <= decay < 1] = 0.9999
     """Decay per step of the averaged weights that are sampled from."""
     further_ema_decays: list[float] = field(default_factory=list)
     """Decays of further averages, kept beside the first one; ``evaluate.ema_decay`` samples from them."""
@@ -435,13 +425,13 @@ class Train(Section):
     """Recompute activations in the backward pass, to save memory."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Steps between checkpoints; one is always written at the end."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Checkpoints kept; older ones are deleted."""
-    sample_every: int = 0
+    sample_every: Whole = 0
     """Steps between sample grids; 0 draws one at the end only."""
     tracker: Literal["tensorboard", "wandb"] | None = "tensorboard"
     """Experiment tracker of accelerate; null for none."""
@@ -450,15 +440,12 @@ class Train(Section):
     in the same one."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "global_batch_size", "batch_size_per_device", "log_every", "checkpoint_every", "keep_last")
-        self.at_least(1, *counts)
-        self.at_least(0, "seed", "sample_every")
+        super().__post_init__()
         rows, device = self.global_batch_size, self.batch_size_per_device
         multiple = f"a multiple of train.batch_size_per_device = {device} ({rows} / {device} = {rows / device:.2f})"
         self.expect(rows % device == 0, "global_batch_size", multiple)
         repeats = not (self.deterministic and self.cudnn_benchmark)
         self.expect(repeats, "cudnn_benchmark", "false with train.deterministic: the fastest algorithm varies")
-        self.expect(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
         decays = [self.ema_decay, *self.further_ema_decays]
         distinct = len(set(decays)) == len(decays) and all(0 <= decay < 1 for decay in decays)
         expected = f"numbers at least 0 and below 1, each once, and not train.ema_decay = {self.ema_decay}"
@@ -470,11 +457,11 @@ class Evaluate(Section):
     """What is drawn and measured."""
 
     section: ClassVar[str] = "evaluate"
-    steps: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
+    steps: Steps = field(default_factory=lambda: [1, 2, 5, 10, 20, 50])
     """Numbers of sampling steps, each evaluated."""
-    samples: int = 2000
+    samples: Count = 2000
     """Images drawn for each."""
-    batch_size: int = 500
+    batch_size: Count = 500
     """Images drawn at once."""
     features: str = "classifier"
     """``classifier`` trains a small network on the recipe's own labelled data and compares its features; the path of a
@@ -489,15 +476,12 @@ class Evaluate(Section):
     ema_decay: float | None = None
     """Which of the averaged weights to sample from; null is ``train.ema_decay``."""
 
-    def __post_init__(self) -> None:
-        self.expect(min(self.steps, default=0) >= 1, "steps", "positive numbers of sampling steps")
-        self.at_least(1, "samples", "batch_size")
-
 
 @dataclass
-class Launch:
+class Launch(Section):
     """The machines a recipe is meant for; decides what ``--plan`` tells, and nothing else."""
 
+    section: ClassVar[str] = "launch"
     config: str | None = None
     """Path of an accelerate configuration, or the name of one in ``integrations/launch``; null is one process without a
     launcher."""
