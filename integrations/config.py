@@ -28,8 +28,11 @@ LAUNCH = Path(__file__).parent / "launch"
 # --help shows the text below each field; a section may have fields named class_path and init_args.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=["is_pure_dataclass"])
 
-ALL = (OwnObjective, sections.Data, OwnNetwork, sections.OwnOptimizer, CouplingSection)
-SECTIONS: dict[str, type] = {kind.section: kind for kind in (*ALL, sections.Train, sections.Evaluate, sections.Launch)}
+CLASSES = (
+    *(OwnObjective, sections.Data, OwnNetwork, sections.OwnOptimizer),
+    *(CouplingSection, sections.Train, sections.Evaluate, sections.Launch),
+)
+SECTIONS: dict[str, type] = {kind.section: kind for kind in CLASSES}
 KINDS = {"objective": sections.OBJECTIVES, "model": MODELS, "optimizer": sections.OPTIMIZERS}
 """Sections whose fields depend on what they name, by short names; `SECTIONS` has those for a class of the user's."""
 
@@ -116,8 +119,8 @@ def load(argv: list[str], *, prog: str = "python -m integrations.train") -> Reci
     try:
         overlays, asked, flags = _split(argv[1:])
         recipe = _read(path)
-        names, kinds = _choose(recipe, asked)
-        files = [recipe, *(_overlay(overlay, names) for overlay in overlays)]
+        kinds = _choose(recipe, asked)
+        files = [recipe, *(_overlay(overlay, recipe) for overlay in overlays)]
         for file in files:
             _give_way(file, asked)
         parser = _parser(kinds, f"{prog} {path}")
@@ -178,12 +181,12 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
     return named.overlay, asked, [*rest, *(f"--{name}={value}" for name, value in asked.items())]
 
 
-def _choose(recipe: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, str | None], dict[str, type]]:
-    """Return the short names, None for a class of the user's, and the classes of the sections in `KINDS`.
+def _choose(recipe: dict[str, Any], asked: dict[str, str]) -> dict[str, type]:
+    """Return the classes of the sections in `KINDS`, and let the recipe name what is asked for.
 
     What is asked for otherwise than the recipe says takes the place of the recipe's, fields and all.
     """
-    names, kinds = {}, {}
+    kinds = {}
     for section, known in KINDS.items():
         said = recipe[section]
         if section == "optimizer" and "class_path" not in said:
@@ -195,15 +198,16 @@ def _choose(recipe: dict[str, Any], asked: dict[str, str]) -> tuple[dict[str, st
         path, name = (said_path, said_name) if path is None and name is None else (path, name)
         expected = f"one of {', '.join(known)}{closest(str(name), known)}, or {section}.class_path"
         expect(path is not None or name in [*known], f"{section}.name", name, expected)
-        names[section], kinds[section] = (name, known[name]) if path is None else (None, SECTIONS[section])
+        kinds[section] = known[name] if path is None else SECTIONS[section]
         if path != said_path or (path is None and kinds[section] is not known.get(str(said_name))):
             kept = {entry.name for entry in dataclasses.fields(sections.Schedule)} if section == "optimizer" else ()
-            recipe[section] = {field: value for field, value in said.items() if field in kept}
-    return names, kinds
+            said = {field: value for field, value in said.items() if field in kept}
+        recipe[section] = said | ({"name": name} if path is None else {"class_path": path})
+    return kinds
 
 
-def _overlay(name: str, names: dict[str, str | None]) -> dict[str, Any]:
-    """Read a file of fields.
+def _overlay(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Read a file of fields for a recipe.
 
     Those of the sections in `KINDS` may also stand under the short name that they are for, and those of ``coupling``
     under that of an objective, so that one file fits every recipe.
@@ -212,7 +216,7 @@ def _overlay(name: str, names: dict[str, str | None]) -> dict[str, Any]:
     for section, by in {**{section: section for section in KINDS}, "coupling": "objective"}.items():
         known, fields = KINDS[by], overlay[section]
         common = {field: value for field, value in fields.items() if field not in known}
-        overlay[section] = common | fields.get(names[by], {})
+        overlay[section] = common | fields.get(recipe[by].get("name"), {})
     return overlay
 
 
