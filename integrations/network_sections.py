@@ -16,7 +16,7 @@ class Network(Section):
     name: str = ""
     parameters: int | None = None
     """How many parameters the network has, for readers; ``--plan`` compares it with the count."""
-    classes: Annotated[int | None, "at least 2, or null", lambda classes: classes is None or classes >= 2] = None
+    classes: Annotated[int | None, "at least 2, or null", lambda classes: classes >= 2] = None
     """Classes that the network can be told; null is an unconditional network."""
 
     def check_side(self, side: int) -> None:

@@ -55,11 +55,14 @@ class Section:
     """Its name in a recipe."""
 
     def __post_init__(self) -> None:
-        """Refuse values that a field's `Annotated` type does not hold; what fields ask of each other, sections add."""
+        """Refuse what a field's type does not hold, and null; what fields ask of each other, sections add."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(hint) is Annotated:
-                _, expected, holds = get_args(hint)
-                self.expect(holds(getattr(self, name)), name, expected)
+            value, described = getattr(self, name), get_origin(hint) is Annotated
+            kind, expected, holds = get_args(hint) if described else (hint, "a value, not null", None)
+            if value is None:  # jsonargparse takes it in a file
+                self.expect(type(None) in get_args(kind), name, expected)
+            elif described:
+                self.expect(holds(value), name, expected)
 
     def expect(self, holds: bool, name: str, expected: str) -> None:
         """Refuse the value of the field ``name`` unless ``holds``."""
@@ -68,7 +71,7 @@ class Section:
 
 # Types of fields: what is expected, and whether a value is so. Within a section such a function knows built-ins only.
 Count = Annotated[int, "at least 1", lambda value: value >= 1]
-CountOrNull = Annotated[int | None, "at least 1, or null", lambda value: value is None or value >= 1]
+CountOrNull = Annotated[int | None, "at least 1, or null", lambda value: value >= 1]
 Whole = Annotated[int, "at least 0", lambda value: value >= 0]
 Positive = Annotated[float, "a positive number", lambda value: value > 0]
 Caption = Annotated[str, "empty, class or column:NAME", lambda name: bool(re.fullmatch("empty|class|column:.+", name))]
@@ -353,7 +356,7 @@ class Schedule(Section):
     """Optimizer steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """What happens after warm-up, until ``train.steps``."""
-    clip: Annotated[float | None, "a positive number or null", lambda clip: clip is None or clip > 0] = 1.0
+    clip: Annotated[float | None, "a positive number or null", lambda clip: clip > 0] = 1.0
     """Largest gradient norm; null does not clip."""
 
 

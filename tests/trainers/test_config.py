@@ -52,6 +52,15 @@ def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, messag
             "model.classes: got 1, expected at least 2, or",
         ),
         ("objective: {name: ddim}\nmodel: {name: mlp}\ndata: 3", "data: got 3, expected fields"),
+        (
+            "objective: {name: ddim, class_dropout: null}\nmodel: {name: mlp}",
+            "class_dropout: got None, expected a share",
+        ),
+        (
+            "objective: {name: ddim}\nmodel: {name: unet, attention: null}",
+            "model.attention: got None, expected a value",
+        ),
+        ("objective: {name: ddim}\nmodel: {name: mlp}\nevaluate: {steps: }", "evaluate.steps: got None, expected pos"),
         ("[1, 2]", "expected sections"),
         ("a: [", "not valid YAML"),
         ("objective: {name: [ddim]}", r"objective.name: got \['ddim'\], expected one of"),
