@@ -186,8 +186,8 @@ class Session:
     @functools.cached_property
     def source(self) -> Any:
         """The images."""
-        from integrations.config import Data
         from integrations.data import load_source
+        from integrations.sections import Data
 
         return load_source(Data(source=self.data))
 

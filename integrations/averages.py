@@ -10,7 +10,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from .config import Train
+from .sections import Train
 
 
 def group(train: Train, decay: float | None) -> str:

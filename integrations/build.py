@@ -16,13 +16,14 @@ from torch.distributed import ProcessGroup
 from couplings import Coupling
 
 from . import own
-from .config import Optimizer, Own, OwnOptimizer, Recipe, RecipeError, Train
+from .config import Recipe, RecipeError
 from .consistency import ConsistencyObjective
 from .data import Source
 from .ddim import DdimObjective
 from .flow_matching import FlowMatchingObjective
 from .objective import Objective
 from .places import divide
+from .sections import Optimizer, Own, OwnOptimizer, Train
 
 
 class TrainingError(RuntimeError):
@@ -196,16 +197,12 @@ def build_objective(recipe: Recipe, source: Source, *, blank: bool = False) -> O
         from .stable_diffusion import StableDiffusionObjective  # transformers takes seconds to import
 
         return StableDiffusionObjective(recipe.objective, source, blank=blank)
-    if isinstance(recipe.objective, Own):
-        given = {"config": recipe.objective, "shape": source.shape, "classes": _told_classes(recipe, source)}
-        return own.construct("objective", recipe.objective, Objective, **given)
-    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
-    return kinds[recipe.objective.name](recipe.objective, source.shape, _told_classes(recipe, source))
-
-
-def _told_classes(recipe: Recipe, source: Source) -> int | None:
     known, found = recipe.model.classes, len(source.classes)
     if known is not None and not 2 <= found <= known:
         msg = f"model.classes: got {known}, but {recipe.data.source} has {found} classes: expected no fewer, or null"
         raise RecipeError(msg)
-    return known
+    if isinstance(recipe.objective, Own):
+        given = {"config": recipe.objective, "shape": source.shape, "classes": known}
+        return own.construct("objective", recipe.objective, Objective, **given)
+    kinds = {"ddim": DdimObjective, "flow_matching": FlowMatchingObjective, "consistency": ConsistencyObjective}
+    return kinds[recipe.objective.name](recipe.objective, source.shape, known)

@@ -16,11 +16,11 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from .config import Consistency
 from .lpips import Lpips
 from .objective import Generators, Objective, Told, rows
 from .pipelines import save_pipeline
 from .randomness import Draws
+from .sections import Consistency
 
 
 def intervals(config: Consistency, step: int) -> int:

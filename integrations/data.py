@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from couplings.ablation.files import read_idx
 
-from .config import HUB, Data, expect
+from .config import expect
 from .own import construct
 from .randomness import epoch_order
+from .sections import HUB, Data
 
 
 class DataError(Exception):

@@ -9,10 +9,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from .config import Ddim, StableDiffusion
 from .objective import Generators, Mixed, Regression, Told
 from .pipelines import save_pipeline
 from .randomness import Draws
+from .sections import Ddim, StableDiffusion
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import flow_matching_pipeline
-from .config import FlowMatching
 from .objective import Generators, Mixed, Regression, Told, rows
 from .pipelines import save_pipeline
 from .randomness import Draws
+from .sections import FlowMatching
 
 # Networks made for diffusion expect times of 0 to 1000; diffusers' flow schedulers scale alike.
 TIME_SCALE = 1000.0

@@ -36,7 +36,7 @@ from .build import (
     build_optimizer,
     build_schedule,
 )
-from .config import Optimizer, Recipe, expect
+from .config import Recipe, expect
 from .data import Source, load_source
 from .dataset_pairs import KINDS
 from .models import begin_from, build_model, recompute
@@ -46,6 +46,7 @@ from .pipelines import say_whose
 from .places import check_output, divide, has_checkpoints
 from .progress import Report, bar
 from .randomness import Draws, address
+from .sections import Optimizer
 
 log = logging.getLogger(__name__)
 

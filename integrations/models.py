@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from . import checkpoint, own
-from .config import Adm, ConditionUnet, ConvNext, Mlp, Ncsnpp, OwnNetwork, RecipeError, Unet
+from .config import RecipeError
 from .ncsnpp import NcsnppModel
+from .network_sections import Adm, ConditionUnet, ConvNext, Mlp, Ncsnpp, OwnNetwork, Unet
 from .objective import Objective
 from .own_network import OwnModel
 from .small_networks import ConvNextModel, MlpModel
@@ -25,6 +27,12 @@ VERSION_1 = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
 )
 """Pipelines of Stable Diffusion 1.x: the default sizes of diffusers' networks are theirs."""
+
+
+DDPM = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6}
+"""What makes diffusers' U-Net the published one of DDPM (google/ddpm-cifar10-32)."""
+ADM = {"resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet"}
+"""What makes it that of ADM."""
 
 
 def build_model(config: Any, objective: Objective, *, blank: bool = False) -> ModelMixin:
@@ -38,11 +46,16 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
         If there is no such network for this data.
     """
     channels, side, _ = objective.shape
+    # One more for no class, if some rows are told none.
+    classes = None if config.classes is None else config.classes + (objective.dropout > 0)
+    sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels, "num_class_embeds": classes}
     if isinstance(config, OwnNetwork):
-        return _own_network(config, objective)
+        return _own_network(config, objective, sizes)
     config.check_side(side)
     try:
-        return _build(config, objective, blank)
+        if isinstance(config, ConditionUnet):
+            return _condition_unet(config, sizes, objective.caption_width, blank)
+        return _unet(config, sizes) if isinstance(config, Unet | Adm) else _network_of_ours(config, sizes)
     except RecipeError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -50,71 +63,43 @@ def build_model(config: Any, objective: Objective, *, blank: bool = False) -> Mo
         raise RecipeError(" ".join(msg.split())) from error
 
 
-def _build(config: Any, objective: Objective, blank: bool) -> ModelMixin:
-    channels, side, _ = objective.shape
+def _network_of_ours(config: Mlp | ConvNext | Ncsnpp, sizes: dict[str, int | None]) -> ModelMixin:
+    kinds = {"mlp": MlpModel, "convnext": ConvNextModel, "ncsnpp": NcsnppModel}
     options = dataclasses.asdict(config)
-    del options["name"], options["parameters"]
-    # One more for no class, if some rows are told none.
-    classes = options.pop("classes")
-    told = None if classes is None else classes + (objective.dropout > 0)
-    if isinstance(config, ConditionUnet):
-        return _condition_unet(config, channels, side, objective.caption_width, blank)
-    if isinstance(config, Mlp | ConvNext):
-        kind = MlpModel if isinstance(config, Mlp) else ConvNextModel
-        return kind(sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=told, **options)
-    if isinstance(config, Ncsnpp):
-        return NcsnppModel(
-            sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=told, **options
-        )
-    common = {
-        "sample_size": side,
-        "in_channels": channels,
-        "out_channels": channels,
-        "layers_per_block": config.layers_per_block,
-        "block_out_channels": tuple(config.channels),
-        "norm_num_groups": config.norm_groups,
-        "attention_head_dim": config.head_channels,
-        "dropout": config.dropout,
-        "num_class_embeds": told,
-    }
-    if isinstance(config, Adm):
-        network = UNet2DModel(
-            **common,
-            down_block_types=_kinds(config.attention, "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-            up_block_types=_kinds(config.attention[::-1], "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            resnet_time_scale_shift="scale_shift",
-            downsample_type="resnet",
-            upsample_type="resnet",
-            # Without it the middle attention would have no normalisation.
-            attn_norm_num_groups=config.norm_groups,
-        )
-        return start_at_zero(network)
-    assert isinstance(config, Unet)
+    for name in ("name", "parameters", "classes"):  # which are no sizes of the network
+        del options[name]
+    return kinds[config.name](**sizes, **options)
+
+
+def _unet(config: Unet | Adm, sizes: dict[str, int | None]) -> UNet2DModel:
+    adm = isinstance(config, Adm)
+    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if adm else ("DownBlock2D", "UpBlock2D")
     network = UNet2DModel(
-        **common,
-        down_block_types=_kinds(config.attention, "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=_kinds(config.attention[::-1], "AttnUpBlock2D", "UpBlock2D"),
-        # The rest is the DDPM network as published (google/ddpm-cifar10-32).
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
+        **sizes,
+        **(ADM if adm else DDPM),
+        block_out_channels=tuple(config.channels),
+        down_block_types=tuple("AttnDownBlock2D" if attends else down for attends in config.attention),
+        up_block_types=tuple("AttnUpBlock2D" if attends else up for attends in config.attention[::-1]),
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.head_channels,
+        norm_num_groups=config.norm_groups,
+        # Without it the middle attention of ADM would have no normalisation.
+        attn_norm_num_groups=config.norm_groups,
+        dropout=config.dropout,
     )
     return start_at_zero(network)
 
 
-def _own_network(config: OwnNetwork, objective: Objective) -> ModelMixin:
+def _own_network(config: OwnNetwork, objective: Objective, sizes: dict[str, int | None]) -> ModelMixin:
     """Build a network for the data of an objective: one of diffusers as it is, any other as an `OwnModel`."""
-    channels, side, _ = objective.shape
-    sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
-    classes = None if config.classes is None else config.classes + (objective.dropout > 0)
-    told = {"num_class_embeds": classes, "cross_attention_dim": getattr(objective, "caption_width", None)}
-    given = sizes | {name: value for name, value in told.items() if value is not None}
+    given = sizes | {"cross_attention_dim": getattr(objective, "caption_width", None)}
+    given = {name: value for name, value in given.items() if value is not None}
     model = own.construct("model", config, nn.Module, **given)
     if not type(model).__module__.startswith("diffusers."):
         model = OwnModel(config.class_path, config.init_args, **given, network=model)
-    rows = torch.zeros(2, *objective.shape)
-    told = {} if config.classes is None else {"class_labels": torch.zeros(2, dtype=torch.int64)}
+    rows, told = torch.zeros(2, *objective.shape), {}
+    if "num_class_embeds" in given:
+        told["class_labels"] = torch.zeros(2, dtype=torch.int64)
     if "cross_attention_dim" in given:
         told["encoder_hidden_states"] = torch.zeros(2, 77, given["cross_attention_dim"])
     called = f"{config.class_path} called as network(x, timesteps{''.join(f', {name}=' for name in told)})"
@@ -138,47 +123,42 @@ def start_at_zero(network: UNet2DModel) -> UNet2DModel:
     return network
 
 
-def _kinds(attention: list[bool], attending: str, plain: str) -> tuple[str, ...]:
-    return tuple(attending if here else plain for here in attention)
-
-
 def _condition_unet(
-    config: ConditionUnet, channels: int, side: int, caption_width: int, blank: bool
+    config: ConditionUnet, sizes: dict[str, int | None], caption_width: int, blank: bool
 ) -> UNet2DConditionModel:
+    if config.pretrained is None:
+        attending = len(config.channels) - 1
+        return UNet2DConditionModel(
+            **sizes,
+            block_out_channels=tuple(config.channels),
+            down_block_types=("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attending,
+            layers_per_block=config.layers_per_block,
+            cross_attention_dim=caption_width,
+            attention_head_dim=config.head_channels,
+            norm_num_groups=config.norm_groups,
+        )
     name = config.pretrained
-    if name is not None:
-        if not blank:
-            options = {"subfolder": "unet", "revision": config.revision}
-            network = align(UNet2DConditionModel.from_pretrained(name, **options)).train()
-        elif name in VERSION_1:
-            network = UNet2DConditionModel(cross_attention_dim=768)
-        elif Path(name).is_dir():
-            network = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet"))
-        else:
-            expected = f"a local folder or one of {', '.join(VERSION_1)}"
-            msg = f"model.pretrained: the sizes of {name!r} are not known here; expected {expected}"
-            raise RecipeError(msg)
-        found = (network.config.in_channels, network.config.cross_attention_dim)
-        if found != (channels, caption_width):
-            msg = (
-                f"model.pretrained: {name} has (in_channels, cross_attention_dim) = {found}, expected "
-                f"{(channels, caption_width)} of objective.pretrained"
-            )
-            raise RecipeError(msg)
-        return network
-    attending = len(config.channels) - 1
-    return UNet2DConditionModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=tuple(config.channels),
-        down_block_types=("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attending,
-        layers_per_block=config.layers_per_block,
-        cross_attention_dim=caption_width,
-        attention_head_dim=config.head_channels,
-        norm_num_groups=config.norm_groups,
+    if not blank:
+        options = {"subfolder": "unet", "revision": config.revision}
+        network = align(UNet2DConditionModel.from_pretrained(name, **options)).train()
+    elif name in VERSION_1:
+        network = UNet2DConditionModel(cross_attention_dim=768)
+    elif Path(name).is_dir():
+        network = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet"))
+    else:
+        expected = f"a local folder or one of {', '.join(VERSION_1)}"
+        msg = f"model.pretrained: the sizes of {name!r} are not known here; expected {expected}"
+        raise RecipeError(msg)
+    found, expected = (
+        (network.config.in_channels, network.config.cross_attention_dim),
+        (sizes["in_channels"], caption_width),
     )
+    if found != expected:
+        what = f"(in_channels, cross_attention_dim) = {found}, expected {expected} of objective.pretrained"
+        msg = f"model.pretrained: {name} has {what}"
+        raise RecipeError(msg)
+    return network
 
 
 def begin_from(path: str, model: nn.Module) -> None:
@@ -194,19 +174,15 @@ def begin_from(path: str, model: nn.Module) -> None:
     except checkpoint.CheckpointError as error:
         msg = f"train.init_from: {error}"
         raise RecipeError(msg) from error
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if isinstance(model, OwnModel) and not expected.keys() & given.keys():  # of the network without what wraps it
+    if isinstance(model, OwnModel) and not model.state_dict().keys() & given.keys():
+        # Of the network without what wraps it.
         given = {f"network.{name}": value for name, value in given.items()}
-    found = {name: tuple(value.shape) for name, value in given.items()}
-    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    wrong += [f"there is no {name} in the network" for name in found.keys() - expected.keys()]
-    both = expected.keys() & found.keys()
-    wrong += [f"{name} is {found[name]}, not {expected[name]}" for name in both if expected[name] != found[name]]
-    if wrong:
-        further = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        msg = f"train.init_from: {path} does not fit the network: {'; '.join(sorted(wrong)[:3])}{further}"
-        raise RecipeError(msg)
-    model.load_state_dict(given)
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:  # tells the names and the shapes that differ
+        _, _, wrong = str(error).partition("\n")
+        msg = f"train.init_from: {path} does not fit the network: {textwrap.shorten(wrong, 400, placeholder=' ...')}"
+        raise RecipeError(msg) from None
 
 
 def recompute(model: nn.Module) -> None:

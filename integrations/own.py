@@ -7,8 +7,8 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -41,12 +41,12 @@ def construct(section: str, named: Any, base: type, /, **given: Any) -> Any:
         parser.add_subclass_arguments(base, section, skip=set(given), fail_untyped=False)
         parsed = parser.parse_object({section: {"class_path": named.class_path, "init_args": named.init_args}})
         # Its arguments, with the objects among them; the class itself is built below, where its errors are its own.
-        arguments = [(lambda kind, /, **options: options, _kind(named), False)]
+        arguments = [(lambda kind, /, **options: options, locate(named.class_path), False)]
         options = parser.instantiate(parsed, instantiators=arguments)[section]
     except (ArgumentError, ValueError) as error:
         raise RecipeError(_said(section, named, str(error), given)) from error
     with told(f"{section}.class_path: {named.class_path} cannot be built"):
-        return built(_kind(named), given, options)
+        return built(locate(named.class_path), given, options)
 
 
 @contextmanager
@@ -60,11 +60,6 @@ def told(what: str) -> Iterator[None]:
         raise RecipeError(" ".join(msg.split())) from error
 
 
-def _kind(config: Any) -> type:
-    module, _, name = config.class_path.rpartition(".")
-    return getattr(import_module(module), name)
-
-
 def _said(section: str, config: Any, text: str, given: dict[str, Any]) -> str:
     """Turn what jsonargparse says of a class into one line that names the field."""
     # Between these stands what is wrong: no class at all was the other choice.
@@ -72,7 +67,7 @@ def _said(section: str, config: Any, text: str, given: dict[str, Any]) -> str:
     text = " ".join((found[1] if found else text).split())
     option = re.fullmatch(r"Option '([\w.]+)' is not accepted", text)
     if option is not None:
-        takes = [name for name in inspect.signature(_kind(config)).parameters if name not in given]
+        takes = [name for name in inspect.signature(locate(config.class_path)).parameters if name not in given]
         known = f"expected one of {', '.join(takes)}{closest(option[1], takes)}"
         return f"{section}.init_args.{option[1]}: {config.class_path} takes no such argument; {known}"
     value = re.fullmatch(r'Parser key "([\w.]+)": (.*)', text)

@@ -38,6 +38,8 @@ class OwnModel(ModelMixin, ConfigMixin):
         Side of the images and channels of input and output: the constructor gets what it takes of these.
     num_class_embeds, cross_attention_dim : int, optional
         Classes that it is told, and width of the captions that it is told: given likewise, unless None.
+    time_cond_proj_dim : None
+        diffusers' pipeline of Stable Diffusion asks for it: the network is not told the scale of the guidance.
     network : Module, optional
         The network; built here by default.
     """
@@ -57,6 +59,7 @@ class OwnModel(ModelMixin, ConfigMixin):
         out_channels: int,
         num_class_embeds: int | None = None,
         cross_attention_dim: int | None = None,
+        time_cond_proj_dim: None = None,
         network: nn.Module | None = None,
     ) -> None:
         super().__init__()

@@ -9,23 +9,25 @@ import dataclasses
 import os
 import shlex
 import statistics
-import time
+import timeit
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from . import lpips
-from .build import build_coupling, build_objective, candidates
-from .config import HUB, Consistency, Data, Recipe, RecipeError, StableDiffusion
+from .build import build_coupling, build_objective, build_optimizer, candidates
+from .config import Recipe, RecipeError
 from .data import load_source
 from .features import inception_path
 from .models import build_model
 from .objective import Objective
 from .places import divide, launch_file
+from .sections import HUB, Consistency, Data, OwnOptimizer, StableDiffusion
 
 # Rows and classes by the data sets' cards.
 KNOWN = {
@@ -72,7 +74,10 @@ def plan(recipe: Recipe, argv: list[str]) -> str:
         objective = build_objective(recipe, source, blank=True)
         model = build_model(recipe.model, objective, blank=True)
     pieces = memory(recipe, objective, model, processes)
-    total = f"{sum(pieces.values()) / 2**30:.1f} GiB per device"
+    total = f"{sum(size or 0 for size in pieces.values()) / 2**30:.1f} GiB per device"
+    top = "activations, which grow with the rows at once, come on top"
+    if pieces["optimizer"] is None:
+        top += f", and what {recipe.optimizer.name} keeps"
     rounded = f", operands rounded to {section.quantize}" if section.quantize else ""
     epochs = "epochs unknown, as is the number of rows"
     if source.rows is not None:
@@ -89,8 +94,8 @@ def plan(recipe: Recipe, argv: list[str]) -> str:
         f"{section.metric}{rounded}",
         "steps": f"{train.steps:,} = {epochs}",
         "coupling": _coupling(recipe, objective.shape, accumulation),
-        "memory": f"{total}, an estimate; activations, which grow with the rows at once, come on top",
-        **{f"  {name}": f"{size / 2**20:8,.1f} MiB" for name, size in pieces.items()},
+        "memory": f"{total}, an estimate; {top}",
+        **{f"  {name}": "not known" if size is None else f"{size / 2**20:8,.1f} MiB" for name, size in pieces.items()},
         "data": source.place,
         **{f"  {name}": place for name, place in _weights(recipe).items()},
         "output": str(recipe.output),
@@ -241,11 +246,7 @@ def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats
     coupling, generator = build_coupling(alone), torch.Generator().manual_seed(0)
     data = torch.rand(rows, *shape, generator=generator) * 2 - 1
     noise = torch.randn(rows * candidates(coupling), *shape, generator=generator)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        coupling(data, noise)
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: coupling(data, noise), number=1, repeat=repeats + 1)
     times = 1 if pooled else accumulation
     window = recipe.coupling.window
     milliseconds = 1000 * statistics.median(seconds[1:]) * times / window
@@ -257,15 +258,30 @@ def _coupling(recipe: Recipe, shape: tuple[int, ...], accumulation: int, repeats
     )
 
 
-def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: int) -> dict[str, int]:
+def optimizer_state(config: OwnOptimizer, model: nn.Module) -> int | None:
+    """Return the bytes that an optimizer keeps, after a step on a weight of each shape; None if it cannot step."""
+    shapes, kept = Counter(weight.shape for weight in model.parameters() if weight.requires_grad), 0
+    for shape, times in shapes.items():
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.zeros(shape)
+        optimizer = build_optimizer(config, nn.ParameterList([weight]))
+        try:
+            optimizer.step()
+        except Exception:  # of code that is not ours: it may want a GPU, or the loss
+            return None
+        kept += times * sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, Tensor))
+    return kept
+
+
+def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: int) -> dict[str, int | None]:
     """Return the bytes that a device holds in a step, activations aside."""
     whole, trained = _size(model), sum(p.nbytes for p in model.parameters() if p.requires_grad)
     averages, rows, values = 1 + len(recipe.train.further_ema_decays), coupled_rows(recipe), prod(objective.shape)
-    noises = rows * candidates(build_coupling(recipe))
+    noises, own = rows * candidates(build_coupling(recipe)), isinstance(recipe.optimizer, OwnOptimizer)
     pieces = {
         "weights": whole,
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": optimizer_state(recipe.optimizer, model) if own else 2 * trained,
         f"averages ({averages})": whole * averages,
         "batch, costs": 4 * (2 * (rows + noises) * values + rows * noises),  # of the present and the next window
     }

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .config import StableDiffusion, closest, expect
+from .config import closest, expect
 from .data import Source
 from .ddim import DiffusionObjective
 from .models import VERSION_1, align
 from .objective import Mixed, Told
 from .pipelines import save_pipeline
 from .randomness import Draws
+from .sections import StableDiffusion
 
 # The noise schedule of Stable Diffusion 1.x.
 SCHEDULE = {

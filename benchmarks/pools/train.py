@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from couplings import couple, semidiscrete
 from integrations import measure
 from integrations.build import build_optimizer, build_schedule
-from integrations.config import Data, Recipe
+from integrations.config import Recipe
 from integrations.data import Source, load_source, to_signed
 from integrations.models import build_model
 from integrations.randomness import Draws
+from integrations.sections import Data
 
 from ..record import append, environment, read
 from ..training import VERSIONS, settings

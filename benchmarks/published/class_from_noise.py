@@ -32,8 +32,8 @@ PAIRINGS = {"independent": Coupling("independent"), "ot": Coupling(), "c2ot": Co
 @lru_cache(maxsize=1)
 def _images(name: str) -> tuple[Tensor, Tensor]:
     """Read images (n, 1, h, w) in [-1, 1] and labels (n,)."""
-    from integrations.config import Data
     from integrations.data import load_source
+    from integrations.sections import Data
 
     source = load_source(Data(source=name))
     pixels, labels, *_ = source[list(range(len(source)))]

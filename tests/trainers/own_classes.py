@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from integrations.config import FlowMatching
 from integrations.flow_matching import FlowMatchingObjective
+from integrations.sections import FlowMatching
 
 
 class Weighted(FlowMatchingObjective):

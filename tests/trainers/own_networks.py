@@ -58,3 +58,16 @@ class Fixed(nn.Module):
 
     def forward(self, x, timesteps):
         return self.layer(x)
+
+
+class Captioned(nn.Module):
+    """A network that is told captions."""
+
+    def __init__(self, in_channels: int, cross_attention_dim: int, width: int = 8):
+        super().__init__()
+        self.caption, self.inner = nn.Linear(cross_attention_dim, width), nn.Conv2d(in_channels, width, 3, padding=1)
+        self.out = nn.Conv2d(width, in_channels, 3, padding=1)
+
+    def forward(self, x, timesteps, encoder_hidden_states):
+        told = self.caption(encoder_hidden_states.mean(1)) + (timesteps / 1000).to(x.dtype)[:, None]
+        return self.out(torch.relu(self.inner(x) + told[:, :, None, None]))

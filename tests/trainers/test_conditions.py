@@ -1,5 +1,6 @@
 """What networks are told of their images: classes and captions, in training and when sampling."""
 
+import dataclasses
 import json
 from argparse import Namespace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from test_loop import assert_same_run
 from test_models import SMALL
 from tiny_recipes import interrupted, tiny
 
-from integrations import config, loop, measure, sample
+from integrations import config, loop, measure, sample, sections
 from integrations.build import build_objective
 from integrations.consistency import ConsistencyObjective
 from integrations.data import load_source
@@ -23,9 +24,9 @@ from integrations.plan import plan
 from integrations.randomness import Draws
 
 OBJECTIVES = {
-    "ddim": (DdimObjective, config.Ddim),
-    "flow_matching": (FlowMatchingObjective, config.FlowMatching),
-    "consistency": (ConsistencyObjective, config.Consistency),
+    "ddim": (DdimObjective, sections.Ddim),
+    "flow_matching": (FlowMatchingObjective, sections.FlowMatching),
+    "consistency": (ConsistencyObjective, sections.Consistency),
 }
 SHAPE = (3, 8, 8)
 
@@ -43,7 +44,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_source(config.Data("digits"))
+    return load_source(sections.Data("digits"))
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def conditional(name, section=SMALL[0], classes=4, **options):
     """An objective with a network of ``classes``, whose every weight matters."""
     kind, of = OBJECTIVES[name]
     objective = kind(of(**options), SHAPE, classes)
-    model = build_model(config.dataclasses.replace(section, classes=classes), objective).eval()
+    model = build_model(dataclasses.replace(section, classes=classes), objective).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -135,7 +136,7 @@ def test_samples_are_of_the_classes_in_the_proportions_of_the_data_in_any_batch(
     assert torch.equal(objective.choose(digits, 40, 0), told[:40])
     assert not torch.equal(objective.choose(digits, 40, 1), told[:40])
     assert objective.choose(digits, 5, 0, [7, 2]).tolist() == [7, 2, 7, 2, 7]
-    assert FlowMatchingObjective(config.FlowMatching(), SHAPE).choose(digits, 5, 0) is None
+    assert FlowMatchingObjective(sections.FlowMatching(), SHAPE).choose(digits, 5, 0) is None
 
 
 @pytest.mark.parametrize("section", [SMALL[0], SMALL[2]], ids=["own network", "network of diffusers"])
@@ -287,22 +288,22 @@ def test_more_classes_than_the_network_knows_are_refused(make):
 
 
 def test_columns_of_text_are_read_beside_the_images(captioned):
-    source = load_source(config.Data(captioned, mode="L"))
+    source = load_source(sections.Data(captioned, mode="L"))
     assert list(source.texts) == ["texts", "text"]
     batch = source[[8, 1, 2]]
     assert batch.images[:, 0, 0, 0].tolist() == [8, 1, 2]
     assert batch.texts == {"texts": [["a 8", "the 8"], ["one 1"], []], "text": ["a 8", "a 1", "a 2"]}
-    stream = load_source(config.Data(captioned, mode="L", streaming=True, rows=16))
+    stream = load_source(sections.Data(captioned, mode="L", streaming=True, rows=16))
     assert next(stream.scan(16)).texts["texts"][8] == ["a 8", "the 8"]
 
 
 def told_captions(source, **options):
-    section = config.StableDiffusion(pretrained="tiny-random", caption="column:texts", **options)
+    section = sections.StableDiffusion(pretrained="tiny-random", caption="column:texts", **options)
     return build_objective(SimpleNamespace(objective=section), source)
 
 
 def test_one_of_several_captions_is_drawn_in_every_step_and_the_first_is_sampled_from(captioned):
-    source = load_source(config.Data(captioned, mode="L"))
+    source = load_source(sections.Data(captioned, mode="L"))
     objective = told_captions(source, caption_dropout=0.5)
     labels, texts = torch.zeros(300, dtype=torch.int64), {"texts": [["a 8", "the 8"]] * 200 + [[]] * 50 + [None] * 50}
     first, again, later = (objective.told(labels, texts, draws(step)) for step in (0, 0, 1))
@@ -317,7 +318,7 @@ def test_one_of_several_captions_is_drawn_in_every_step_and_the_first_is_sampled
 
 
 def test_captions_are_encoded_as_the_pipeline_does(captioned):
-    objective = told_captions(load_source(config.Data(captioned, mode="L")))
+    objective = told_captions(load_source(sections.Data(captioned, mode="L")))
     told = objective.tell(["a 8", "", "the 8"])["encoder_hidden_states"]
     for row, caption in zip(told, ["a 8", "", "the 8"], strict=True):
         tokens = objective.tokenizer([caption], padding="max_length", max_length=77, return_tensors="pt")

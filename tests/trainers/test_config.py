@@ -9,8 +9,7 @@ import pytest
 import couplings
 from couplings.ablation.grid import read_method
 from couplings.assigners import registry
-from integrations import config, demo
-from integrations.config import split_method
+from integrations import config, coupling_section, demo, sections
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,22 @@ def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, messag
     [
         ("objective: {name: dim}", "objective.name: got 'dim'.*did you mean 'ddim'"),
         ("objective: {name: ddim}\nmodel: {name: mlp}\ntrian: {steps: 3}", "did you mean 'train"),
-        ("objective: {name: ddim}\nmodel: {name: mlp, widht: 3}", "did you mean 'model.width'"),
+        ("objective: {name: ddim}\nmodel: {name: mlp, widht: 3}", "model.widht.*did you mean 'model.width'"),
+        ("objective: {name: ddim}\nmodel: {name: mlp}\noutptu: x", "outptu: no such option .did you mean 'output'"),
+        (
+            "objective: {name: ddim}\nmodel: {name: convnext, classes: 1}",
+            "model.classes: got 1, expected at least 2, or",
+        ),
+        ("objective: {name: ddim}\nmodel: {name: mlp}\ndata: 3", "data: got 3, expected fields"),
+        (
+            "objective: {name: ddim, class_dropout: null}\nmodel: {name: mlp}",
+            "class_dropout: got None, expected a share",
+        ),
+        (
+            "objective: {name: ddim}\nmodel: {name: unet, attention: null}",
+            "model.attention: got None, expected a value",
+        ),
+        ("objective: {name: ddim}\nmodel: {name: mlp}\nevaluate: {steps: }", "evaluate.steps: got None, expected pos"),
         ("[1, 2]", "expected sections"),
         ("a: [", "not valid YAML"),
         ("objective: {name: [ddim]}", r"objective.name: got \['ddim'\], expected one of"),
@@ -68,7 +82,12 @@ def test_a_bad_recipe_file_is_refused(tmp_path, text, message, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--overlay"], "no such overlay file"), (["--train", "*a"], "found undefined alias")],
+    [
+        (["--overlay"], "no such overlay file"),
+        (["--train", "*a"], "found undefined alias"),
+        (["--model.name"], "argument --model.name: expected one argument"),
+        (["--model.name", "unet", "--model.channels", "[]", "--model.attention", "[]"], "model.norm_groups: got 32"),
+    ],
 )
 def test_bad_options_are_refused_in_one_line(arguments, message):
     with pytest.raises(config.RecipeError, match=message) as error:
@@ -133,9 +152,9 @@ def test_what_can_be_known_to_be_wrong_is_refused_before_torch_loads(tmp_path):
 
 
 def test_the_names_that_are_known_before_couplings_loads_are_its_names():
-    assert sorted(config.METHODS) == sorted([*(info.name for info in couplings.methods()), *registry.ALIASES])
-    assert list(config.METRICS) == couplings.metrics()
-    assert list(config.QUANTIZERS) == couplings.quantizers()
+    assert sorted(coupling_section.METHODS) == sorted([*(info.name for info in couplings.methods()), *registry.ALIASES])
+    assert list(coupling_section.METRICS) == couplings.metrics()
+    assert list(coupling_section.QUANTIZERS) == couplings.quantizers()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +162,7 @@ def test_the_names_that_are_known_before_couplings_loads_are_its_names():
     ["auction", "nearest:k=4", "sinkhorn:reg=1e-1:draw=rows", "my.methods:pair:on=true:of=None", "a:b: c = 0.5 "],
 )
 def test_a_method_with_its_options_is_written_as_couplings_reads_it(text):
-    assert split_method(text) == read_method(text)
+    assert coupling_section.split_method(text) == read_method(text)
 
 
 def test_options_of_a_coupling_are_given_in_its_name_or_beside_it():
@@ -229,7 +248,8 @@ def test_an_overlay_is_read_after_the_recipe_and_before_all_other_options(tmp_pa
 
 
 def test_every_field_has_a_meaning():
-    for kind in (*config.OBJECTIVES.values(), *config.MODELS.values(), config.Data, config.Optimizer, config.Train):
+    named = [kind for known in config.KINDS.values() for kind in known.values()]
+    for kind in (*named, *config.SECTIONS.values()):
         inherited = [each for each in kind.__mro__ if dataclasses.is_dataclass(each)]
         source = "".join(inspect.getsource(each) for each in inherited)
         for entry in dataclasses.fields(kind):
@@ -246,12 +266,12 @@ def test_every_embedded_recipe_evaluates_several_numbers_of_steps_from_few_to_mo
 
 def test_the_demo_and_the_default_show_where_coupling_gains_and_where_it_may_lose(tmp_path):
     steps = [1, 2, 5, 10, 20, 50]
-    assert config.Evaluate().steps == steps
+    assert sections.Evaluate().steps == steps
     assert {tuple(arm.recipe.evaluate.steps) for arm in demo.arms(tmp_path, "v_prediction", [])} == {tuple(steps)}
 
 
 @pytest.mark.parametrize("source", ["digits", "folder:pictures", "idx:mnist"])
 def test_a_revision_is_of_the_hub(source):
     with pytest.raises(config.RecipeError, match=rf"data.revision: got 'v1', expected null for {source}"):
-        config.Data(source, revision="v1")
-    assert config.Data("cifar10", revision="v1").revision == "v1"
+        sections.Data(source, revision="v1")
+    assert sections.Data("cifar10", revision="v1").revision == "v1"

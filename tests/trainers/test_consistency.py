@@ -8,11 +8,12 @@ import torch
 from diffusers import CMStochasticIterativeScheduler
 
 from integrations import loop
-from integrations.config import Consistency, RecipeError
+from integrations.config import RecipeError
 from integrations.consistency import ConsistencyObjective, intervals, levels, scalings, target_decay
 from integrations.lpips import Lpips
 from integrations.models import MlpModel
 from integrations.randomness import Draws
+from integrations.sections import Consistency
 
 CT = Consistency(total_steps=800_000, s0=2, s1=150, mu0=0.9)
 ICT = Consistency(variant="ict", total_steps=400_000, s0=10, s1=1280, loss="pseudo_huber")

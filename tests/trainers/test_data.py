@@ -9,8 +9,9 @@ from tiny_recipes import first_block
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from integrations import loop
-from integrations.config import Data, RecipeError, StableDiffusion, load
+from integrations.config import RecipeError, load
 from integrations.data import DataError, Piece, load_source, to_signed, to_uint8
+from integrations.sections import Data, StableDiffusion
 from integrations.stable_diffusion import StableDiffusionObjective
 
 

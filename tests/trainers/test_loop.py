@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import os
 import resource
 import shlex
@@ -626,9 +627,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def train_with_two_processes(recipe, processes):
+def train_with_two_processes(recipe, processes, target=rank):
     port = free_port()
-    children = [processes.Process(target=rank, args=(recipe, i, 2, port)) for i in range(2)]
+    children = [processes.Process(target=target, args=(recipe, i, 2, port)) for i in range(2)]
     for child in children:
         child.start()
     for child in children:
@@ -670,6 +671,21 @@ def test_two_processes_in_bfloat16_follow_one_in_float32_within_two_percent(tmp_
     exact, approximate = ([loss for _, loss, *_ in trace(tmp_path / name)] for name in ("one", "two"))
     assert approximate == pytest.approx(exact, rel=0.02)
     assert approximate != exact
+
+
+def rank_with_a_log(recipe, number, *place):
+    logging.basicConfig(filename=recipe.output.parent / f"rank-{number}.log", level=logging.WARNING)
+    logging.warning("begun")
+    rank(recipe, number, *place)
+
+
+def test_processes_warm_up_with_noise_of_their_own(tmp_path, processes):
+    recipe = tiny("flow-matching-digits", tmp_path / "run", "--coupling.scope", "global", "--train.steps", "1")
+    train_with_two_processes(recipe, processes, rank_with_a_log)
+    for number in range(2):
+        said = (tmp_path / f"rank-{number}.log").read_text()
+        assert "begun" in said
+        assert "hold the same noise" not in said
 
 
 def test_sigterm_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path, processes):

@@ -5,24 +5,25 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
-from integrations import config
+from integrations import config, sections
 from integrations.consistency import ConsistencyObjective
 from integrations.models import align, build_model
+from integrations.network_sections import Adm, ConditionUnet, ConvNext, Mlp, Ncsnpp, Unet
 from integrations.randomness import Draws
 
 # Counts computed with the networks' published code or configurations.
 FULL_SIZE = [
-    (config.Unet(), (3, 32, 32), 35_746_307),  # google/ddpm-cifar10-32
-    (config.Ncsnpp(), (3, 32, 32), 56_395_651),  # openai/consistency_models_cifar10
-    (config.Adm(), (3, 64, 64), 295_131_267),  # openai/consistency_models
-    (config.ConditionUnet(), (4, 64, 64), 859_520_964),  # CompVis/stable-diffusion-v1-4
+    (Unet(), (3, 32, 32), 35_746_307),  # google/ddpm-cifar10-32
+    (Ncsnpp(), (3, 32, 32), 56_395_651),  # openai/consistency_models_cifar10
+    (Adm(), (3, 64, 64), 295_131_267),  # openai/consistency_models
+    (ConditionUnet(), (4, 64, 64), 859_520_964),  # CompVis/stable-diffusion-v1-4
 ]
 SMALL = [
-    config.Mlp(width=16, depth=1),
-    config.ConvNext(patch_size=2, width=16, depth=1, kernel_size=3),
-    config.Unet(channels=[8, 16], attention=[False, True], layers_per_block=1, norm_groups=4),
-    config.Ncsnpp(channels=8, multipliers=[1, 2], attention=[False, True], layers_per_block=1, norm_groups=4),
-    config.Adm(channels=[8, 16], attention=[False, True], layers_per_block=1, head_channels=8, norm_groups=4),
+    Mlp(width=16, depth=1),
+    ConvNext(patch_size=2, width=16, depth=1, kernel_size=3),
+    Unet(channels=[8, 16], attention=[False, True], layers_per_block=1, norm_groups=4),
+    Ncsnpp(channels=8, multipliers=[1, 2], attention=[False, True], layers_per_block=1, norm_groups=4),
+    Adm(channels=[8, 16], attention=[False, True], layers_per_block=1, head_channels=8, norm_groups=4),
 ]
 
 
@@ -45,12 +46,20 @@ def test_the_published_networks_have_the_published_number_of_parameters(section,
 @pytest.mark.parametrize(
     ("section", "side", "message"),
     [
-        (config.Unet(), 28, "data.resolution: got 28, expected a multiple of 8: the network halves the images 3 times"),
-        (config.Ncsnpp(), 30, "data.resolution: got 30, expected a multiple of 4"),
-        (config.Adm(), 20, "data.resolution: got 20, expected a multiple of 8"),
-        (config.ConvNext(patch_size=3), 8, "model.patch_size: got 3, expected a divisor of the images' 8 pixels"),
-        (config.Mlp(width=-1), 8, "model: mlp cannot be built for images of 3 x 8 x 8: "),
-        (config.ConvNext(width=-1), 8, "model: convnext cannot be built for images of 3 x 8 x 8: "),
+        (
+            Unet(),
+            28,
+            "data.resolution: got 28, expected a multiple of 8: the network halves the images 3 times",
+        ),
+        (Ncsnpp(), 30, "data.resolution: got 30, expected a multiple of 4"),
+        (Adm(), 20, "data.resolution: got 20, expected a multiple of 8"),
+        (
+            ConvNext(patch_size=3),
+            8,
+            "model.patch_size: got 3, expected a divisor of the images' 8 pixels",
+        ),
+        (Mlp(width=-1), 8, "model: mlp cannot be built for images of 3 x 8 x 8: "),
+        (ConvNext(width=-1), 8, "model: convnext cannot be built for images of 3 x 8 x 8: "),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -65,20 +74,28 @@ def test_images_that_a_network_cannot_take_are_refused_in_a_line(section, side, 
     ("kind", "options", "message"),
     [
         (
-            config.Unet,
+            Unet,
             {"norm_groups": 48},
             r"model.norm_groups: got 48, expected a divisor .*\[128, 256, 256, 256\]",
         ),
-        (config.Ncsnpp, {"channels": 8, "norm_groups": 16}, r"model.norm_groups: got 16, .*\[8, 16, 16, 16\]"),
-        (config.ConditionUnet, {"channels": [8, 20], "norm_groups": 8}, r"model.norm_groups: got 8, .*\[8, 20\]"),
         (
-            config.ConditionUnet,
+            Ncsnpp,
+            {"channels": 8, "norm_groups": 16},
+            r"model.norm_groups: got 16, .*\[8, 16, 16, 16\]",
+        ),
+        (
+            ConditionUnet,
+            {"channels": [8, 20], "norm_groups": 8},
+            r"model.norm_groups: got 8, .*\[8, 20\]",
+        ),
+        (
+            ConditionUnet,
             {"channels": [4, 8], "norm_groups": 4},
             "model.head_channels: got 8.* at most 4",
         ),
-        (config.Unet, {"head_channels": 512}, "model.head_channels: got 512, expected at most 256"),
-        (config.Adm, {"head_channels": 0}, "model.head_channels: got 0, expected at most 384"),
-        (config.ConvNext, {"kernel_size": 4}, "model.kernel_size: got 4, expected an odd number"),
+        (Unet, {"head_channels": 512}, "model.head_channels: got 512, expected at most 256"),
+        (Adm, {"head_channels": 0}, "model.head_channels: got 0, expected at most 384"),
+        (ConvNext, {"kernel_size": 4}, "model.kernel_size: got 4, expected an odd number"),
     ],
 )
 def test_sizes_that_do_not_fit_each_other_are_refused(kind, options, message):
@@ -163,7 +180,7 @@ def test_class_conditional_networks_listen_to_the_class(section):
 @pytest.mark.parametrize("section", SMALL, ids=lambda section: section.name)
 def test_every_weight_gets_a_gradient_in_bfloat16_although_the_target_is_computed_first(section):
     model = build_model(section, SimpleNamespace(shape=(3, 8, 8)))
-    objective = ConsistencyObjective(config.Consistency(variant="ict", s0=10, s1=20), (3, 8, 8))
+    objective = ConsistencyObjective(sections.Consistency(variant="ict", s0=10, s1=20), (3, 8, 8))
     objective.attach(model)
     data, noise = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):  # remembers the rounded weights, also those of a pass without gradient

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from integrations.config import Ddim, FlowMatching
 from integrations.ddim import DdimObjective
 from integrations.flow_matching import FlowMatchingObjective
 from integrations.randomness import Draws
+from integrations.sections import Ddim, FlowMatching
 
 SHAPE = (1, 4, 4)
 

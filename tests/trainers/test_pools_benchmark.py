@@ -13,10 +13,10 @@ from benchmarks.pools.studies import STUDIES, Consistency, Pools
 from benchmarks.record import read
 from couplings import couple
 from couplings.semidiscrete import Semidiscrete
-from integrations.config import Data
 from integrations.data import load_source
 from integrations.features import Classifier
 from integrations.randomness import Draws
+from integrations.sections import Data
 from integrations.small_networks import ConvNextModel
 
 TINY = {

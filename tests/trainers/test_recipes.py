@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from own_networks import Net
 from PIL import Image
 from test_loop import assert_same_run, trace
 from tiny_recipes import first_block
 
 from integrations import build, config, loop, measure, places
 from integrations.models import build_model
-from integrations.plan import count, expect, launch, plan
+from integrations.plan import count, expect, launch, optimizer_state, plan
 
 ROOT = Path(__file__).parents[2]
 # What the paper and the baselines' repositories say, by fields of the recipe; written out here, not read from it.
@@ -303,6 +304,30 @@ def test_a_plan_of_own_classes_counts_them(tmp_path):
     assert "flow_matching with own_networks.Net, 1 x 8 x 8 images" in text
     assert "parameters     225" in text  # 8 x 2 x 9 + 8 and 8 x 9 + 1
     assert "own_classes.Stripes: 64 rows" in text
+
+
+# Four weights, 225 numbers; a scalar is kept for each weight, or two.
+KEPT = {
+    "torch.optim.SGD": 0,
+    "torch.optim.SGD --optimizer.init_args.momentum 0.9": 4 * 225,
+    "torch.optim.NAdam": 4 * (2 * 225 + 2 * 4),
+    "own_classes.SignMomentum": 4 * (225 + 4),
+    "torch.optim.LBFGS": None,
+}
+
+
+@pytest.mark.parametrize(("optimizer", "kept"), KEPT.items())
+def test_a_plan_counts_what_an_optimizer_of_ones_own_keeps_or_says_that_it_is_not_known(optimizer, kept):
+    argv = ["flow-matching-digits", "--model.class_path", "own_networks.Net", "--optimizer.class_path"]
+    argv += optimizer.split()
+    recipe = config.load([*argv, "--plan"])
+    assert optimizer_state(recipe.optimizer, Net(8, 1, 1)) == kept
+    text = plan(recipe, argv)
+    if kept is None:
+        assert re.search(r"^  optimizer +not known$", text, re.MULTILINE)
+        assert "come on top, and what torch.optim.LBFGS keeps" in text
+    else:
+        assert re.search(rf"^  optimizer +{kept / 2**20:.1f} MiB$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

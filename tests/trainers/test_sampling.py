@@ -17,9 +17,11 @@ from test_loop import free_port
 from tiny_recipes import tiny
 
 from integrations import checkpoint, evaluate, export, features, loop, measure, sample
-from integrations.config import ConvNext, Data, Ncsnpp, RecipeError
+from integrations.config import RecipeError
 from integrations.data import load_source, to_signed
 from integrations.models import build_model
+from integrations.network_sections import ConvNext, Ncsnpp
+from integrations.sections import Data
 
 
 @pytest.fixture(

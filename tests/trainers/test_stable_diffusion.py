@@ -5,8 +5,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from couplings import couple
-from integrations import config, loop, models, stable_diffusion
+from integrations import config, loop, models, sections, stable_diffusion
 from integrations.models import build_model
+from integrations.network_sections import ConditionUnet
 from integrations.randomness import Draws
 from integrations.stable_diffusion import StableDiffusionObjective
 
@@ -15,11 +16,11 @@ from integrations.stable_diffusion import StableDiffusionObjective
 def source():
     from integrations.data import load_source
 
-    return load_source(config.Data("digits"))
+    return load_source(sections.Data("digits"))
 
 
 def build(source, **options):
-    return StableDiffusionObjective(config.StableDiffusion(pretrained="tiny-random", **options), source)
+    return StableDiffusionObjective(sections.StableDiffusion(pretrained="tiny-random", **options), source)
 
 
 def draws(step=0):
@@ -86,7 +87,7 @@ def test_captions_are_dropped_at_the_asked_rate_and_empty_when_unconditional(sou
 
 
 def test_guidance_extrapolates_from_the_empty_caption(source):
-    section = config.ConditionUnet(channels=[8, 16], layers_per_block=1, head_channels=4, norm_groups=4)
+    section = ConditionUnet(channels=[8, 16], layers_per_block=1, head_channels=4, norm_groups=4)
     guided = build(source, caption="class", guidance_scale=3.0)
     model = build_model(section, guided).eval()
     asked = []
@@ -144,7 +145,7 @@ def test_images_the_autoencoder_cannot_take_are_refused(source):
 def test_a_network_that_takes_captions_is_refused_where_there_are_none():
     recipe = config.load(["stable-diffusion-digits"])
     with pytest.raises(config.RecipeError, match=r"model.name: got 'condition_unet', expected mlp or convnext or unet"):
-        dataclasses.replace(recipe, objective=config.Ddim())
+        dataclasses.replace(recipe, objective=sections.Ddim())
 
 
 def test_pretrained_networks_are_asked_for_at_their_revision(monkeypatch):
@@ -157,8 +158,8 @@ def test_pretrained_networks_are_asked_for_at_their_revision(monkeypatch):
     kinds = [stable_diffusion.AutoencoderKL, stable_diffusion.CLIPTextModel, stable_diffusion.CLIPTokenizer]
     for kind in [*kinds, models.UNet2DConditionModel]:
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
-    stable_diffusion.load_frozen(config.StableDiffusion(pretrained="some/pipeline", revision="abc"))
+    stable_diffusion.load_frozen(sections.StableDiffusion(pretrained="some/pipeline", revision="abc"))
     with pytest.raises(AttributeError):  # of what stands in for a network
-        models._condition_unet(config.ConditionUnet(pretrained="some/pipeline", revision="def"), 4, 8, 8, False)
+        models._condition_unet(ConditionUnet(pretrained="some/pipeline", revision="def"), {}, 8, False)
     revisions = {"vae": "abc", "text_encoder": "abc", "tokenizer": "abc", "unet": "def"}
     assert asked == [("some/pipeline", folder, revision) for folder, revision in revisions.items()]

@@ -7,7 +7,7 @@ from PIL import Image
 from test_loop import assert_same_run
 from tiny_recipes import interrupted
 
-from integrations import config, loop
+from integrations import config, loop, sections
 from integrations.data import DataError, Piece, load_source
 
 ROWS = 60
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 
 
 def stream(files, **options):
-    return load_source(config.Data(f"hub:{files}", **{"streaming": True, "mode": "L", "rows": ROWS, **options}))
+    return load_source(sections.Data(f"hub:{files}", **{"streaming": True, "mode": "L", "rows": ROWS, **options}))
 
 
 def numbers(batch):
@@ -112,7 +112,7 @@ def test_damaged_images_of_a_streamed_folder_are_named_and_replaced(tmp_path, ma
             Image.new("L", (8, 8), 100 * label + 2 * i + label).save(tmp_path / "pictures" / name / f"{i}.png")
     (tmp_path / "pictures" / "cat" / "3.png").write_bytes(b"no picture")
     place = f"folder:{tmp_path / 'pictures'}"
-    section = config.Data(place, streaming=True, mode="L", shuffle_buffer=1, rows=20)
+    section = sections.Data(place, streaming=True, mode="L", shuffle_buffer=1, rows=20)
     source = load_source(section)
     assert source.classes == ["cat", "dog"]
     (batch,) = source.scan(20)
