@@ -153,7 +153,8 @@ def run(task: Task) -> str:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return what is the same for all pairings and seeds."""
     values = settings(recipe)
-    del values["coupling"], values["train"]["seed"]
+    del values["coupling"]
+    values["train"].pop("seed", None)
     return values
 
 
