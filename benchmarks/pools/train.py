@@ -185,7 +185,7 @@ class Kept:
 
     def give(self, trainer: Trainer, *, not_after: int) -> tuple[int, float]:
         """Return the steps that are trained, and the seconds since the last checkpoint: none if there is no file."""
-        kept = torch.load(self.path, map_location=trainer.device) if self.path.is_file() else None
+        kept = torch.load(self.path, map_location=trainer.device, weights_only=True) if self.path.is_file() else None
         if kept is None or kept["about"] != self.about or kept["trainer"]["steps"] > not_after:
             return 0, 0.0
         trainer.restore(kept["trainer"])
