@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Run:
     batch_size, steps, seed : int
     folder : Path
         Where the plan is.
+    first : int
+        Steps before this one are only counted off: what they give does not matter.
     """
 
     images: Tensor
@@ -37,6 +40,7 @@ class Run:
     steps: int
     seed: int
     folder: Path
+    first: int = 1
 
     def order(self) -> Tensor:
         """Draw the data rows of all steps, epoch by epoch; ``(steps, batch_size)``."""
@@ -65,9 +69,10 @@ def picked(run: Run) -> Pairs:
     plan = semidiscrete.Semidiscrete.load(run.folder / PLAN, run.images)
     generator = torch.Generator(run.images.device).manual_seed(run.seed)
     shape = (AHEAD * run.batch_size, *run.images.shape[1:])
-    while True:
+    for step in itertools.count(1, AHEAD):
         noise = torch.randn(shape, generator=generator, device=run.images.device)
-        rows = plan.assign(noise)
+        counted_off = step + AHEAD <= run.first
+        rows = torch.zeros(len(noise), dtype=torch.int64) if counted_off else plan.assign(noise)
         for some, each in zip(rows.split(run.batch_size), noise.split(run.batch_size), strict=True):
             yield run.images[some], each
 

@@ -113,38 +113,38 @@ def run(task: Task) -> str:
         measure.feature_network(str(task.folder / "classifier.safetensors"), source, task.folder), source, device
     )
     count = train.global_batch_size
-    streams = [
-        pairs.PAIRINGS[task.pairing](pairs.Run(images, count, train.steps, seed, task.folder)) for seed in task.seeds
-    ]
     chi2 = semidiscrete.Semidiscrete.load(task.folder / pairs.PLAN).chi2 if task.pairing == "semidiscrete" else None
     trainer = Trainer(study, task.seeds, device)
     kept = Kept(task.folder / f"{'-'.join([task.study, task.pairing, *map(str, task.seeds)])}.pt", list(keys.values()))
     trained, spent = kept.give(trainer, not_after=wanted[0]["step"])
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=-(-trainer.recipe.evaluate.samples // count))
-    began, distance, since = time.perf_counter() - spent, torch.zeros(len(streams), device=device), 0
+    passed = max(0, trained - recent.maxlen)
+    streams = [
+        pairs.PAIRINGS[task.pairing](pairs.Run(images, count, train.steps, seed, task.folder, passed + 1))
+        for seed in task.seeds
+    ]
+    began = time.perf_counter() - spent
     for step in range(1, train.steps + 1):
         if task.deadline is not None and time.time() > task.deadline:
             return f"ended after {trainer.steps} steps: the time is over"
         parts = [next(stream) for stream in streams]
+        if step <= passed:
+            continue
         data, noise = (torch.stack(side) for side in zip(*parts, strict=True))
         recent.append((data, noise))
-        distance += (data - noise).square().flatten(2).sum(2).mean(1)
-        since += 1
         if step > trained:
             trainer.step(data.flatten(0, 1), noise.flatten(0, 1))
             kept.take(trainer, time.perf_counter() - began, now=step in checkpoints)
-        if step not in checkpoints:
+        if step not in checkpoints or step < trained:
             continue
-        seconds, means = time.perf_counter() - began, (distance / since).tolist()
-        distance.zero_()
-        since = 0
-        if step < trained:
-            continue
+        before = max((earlier for earlier in checkpoints if earlier < step), default=0)
+        seconds, means = time.perf_counter() - began, (trainer.distance / (step - before)).tolist()
         found = trainer.frechet(scores, *(torch.cat(side, 1) for side in zip(*recent, strict=True)))
         place = environment(1, None, VERSIONS) | {"device": _name(device)}
         for key in (key for key in wanted if key["step"] == step):
             about = {"distance": means[task.seeds.index(key["seed"])], "seconds": seconds, "chi2": chi2}
             append(task.records, key | about | {"frechet": found[key["objective"], key["seed"]], "environment": place})
+        trainer.distance.zero_()
         began = time.perf_counter()
     kept.path.unlink(missing_ok=True)
     return f"{train.steps} steps"
@@ -218,11 +218,13 @@ class Trainer:
         self.optimizer = build_optimizer(recipe.optimizer, nn.ParameterList([self.weights]))
         self.rate = build_schedule(recipe, self.optimizer)
         self.steps = 0
+        self.distance = torch.zeros(len(seeds), device=device)  # of the pairs of each seed, added up over the steps
 
     def step(self, data: Tensor, noise: Tensor) -> None:
         """Train on a batch for each seed."""
         draws = Draws(0, self.steps, 0, 1, self.device)
         losses = self.study.losses(self.stack, data, noise, draws)
+        self.distance += (data - noise).square().flatten(1).sum(1).view(len(self.seeds), -1).mean(1)
         losses.view(len(self.stack), -1).mean(1).sum().backward()
         if self.recipe.optimizer.clip is not None:
             norms = self.weights.grad.norm(dim=1, keepdim=True)
@@ -239,13 +241,14 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return all that training changes."""
         tensors = {"weights": self.weights.detach(), "average": self.average, "target": self.study.target}
+        tensors["distance"] = self.distance
         return tensors | {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         with torch.no_grad():
             self.weights.copy_(state["weights"])
-        self.average, self.steps = state["average"], state["steps"]
+        self.average, self.distance, self.steps = state["average"], state["distance"], state["steps"]
         self.study.target = state["target"]
         self.optimizer.load_state_dict(state["optimizer"])
 

@@ -213,12 +213,17 @@ def test_flow_matching_alone_is_trained_longer(tmp_path, digits):
     ]
 
 
-@pytest.mark.parametrize(("study", "lost"), [("pools", "step"), ("consistency", "step"), ("consistency", "frechet")])
-def test_a_run_that_was_ended_goes_on_and_records_the_same(study, lost, tmp_path, digits, monkeypatch):
+@pytest.mark.parametrize(
+    ("study", "pairing", "lost"),
+    [("pools", "semidiscrete", "step"), ("consistency", "window", "step"), ("consistency", "batch", "frechet")],
+)
+def test_a_run_that_was_ended_goes_on_and_records_the_same(study, pairing, lost, tmp_path, digits, monkeypatch):
     Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
-    further = (*FURTHER, "--train.steps", "4")
+    pairs.fit(train.images_of(digits, "cpu"), tmp_path)
+    monkeypatch.setattr(pairs, "AHEAD", 1)
+    further = (*FURTHER, "--train.steps", "4", "--evaluate.samples", "17")  # the pairs of two steps are measured
     tasks = [
-        train.Task(study, "batch", (0,), "digits", "cpu", tmp_path, tmp_path / name, None, further)
+        train.Task(study, pairing, (0,), "digits", "cpu", tmp_path, tmp_path / name, None, further)
         for name in ("whole.jsonl", "ended.jsonl")
     ]
     assert train.run(tasks[0]) == "4 steps"
