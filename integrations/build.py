@@ -139,7 +139,7 @@ def build_coupling(recipe: Recipe, group: ProcessGroup | None = None) -> Couplin
     Raises
     ------
     RecipeError
-        For an unknown name or option.
+        For an unknown name or option, or a value that an option cannot have.
     """
     section, over = recipe.coupling, {} if group is None else {"group": group}
     # What a batch is coupled by where the pairs are made from the whole dataset: see `dataset_pairs`.
@@ -147,7 +147,12 @@ def build_coupling(recipe: Recipe, group: ProcessGroup | None = None) -> Couplin
         section.method, (section.method, section.options)
     )
     try:
-        return Coupling(method, section.metric, section.quantize, section.scope, **options, **over)
+        coupling = Coupling(method, section.metric, section.quantize, section.scope, **options, **over)
+        if options and section.condition is None:  # methods look at the values of their options when they are called
+            k = options.get("k")
+            rows = 2 * (k if isinstance(k, int) and 0 < k < 100 else candidates(Coupling(method)))
+            Coupling(method, section.metric, **options)(torch.eye(2), torch.eye(rows, 2) + 1)
+        return coupling
     except (ValueError, TypeError) as error:
         msg = f"coupling: {error}"
         raise RecipeError(msg) from None

@@ -250,7 +250,7 @@ class Scores:
         found = None
         if _joined().is_main_process and path.is_file():
             try:
-                found = load_file(path, str(self.device))
+                found = {name: value.to(self.device) for name, value in load_file(path).items()}
             except SafetensorError as error:
                 log.warning("%s: damaged statistics of the data (%s); they are computed again", path, error)
         if not broadcast_object_list([found is not None])[0]:

@@ -65,7 +65,8 @@ def check_output(recipe: Recipe) -> None:
         If there are checkpoints, or the output is no folder.
     """
     output = recipe.output
-    expect(not output.exists() or output.is_dir(), "output", str(output), "a folder, or a new one's name")
+    there = next((place for place in (output, *output.parents) if place.exists()), None)
+    expect(there is None or there.is_dir(), "output", str(output), f"a folder, or a new one's name: {there} is a file")
     if not recipe.resume and has_checkpoints(output):
         msg = f"{output} already holds checkpoints: continue with --resume auto, or choose another --output"
         raise RecipeError(msg)
@@ -101,7 +102,7 @@ def divide(recipe: Recipe, processes: int) -> tuple[int, int]:
         msg = (
             f"train.global_batch_size {train.global_batch_size} = {blocks} blocks of train.batch_size_per_device "
             f"{train.batch_size_per_device}, which do not divide among {processes} processes ({blocks} / {processes} = "
-            f"{blocks / processes:.2f})"
+            f"{blocks / processes:.2f}): choose a train.batch_size_per_device that gives a multiple of {processes}"
         )
         raise RecipeError(msg)
     return blocks, blocks // processes

@@ -36,10 +36,13 @@ def assign(
     Raises
     ------
     ValueError
-        For an unknown score, or if the rows of noise are not k times the rows of data.
+        For an unknown score, a k that is no number of rows, or if the rows of noise are not k times the rows of data.
     """
     if score not in ("l2", "dot"):
         msg = f"score= must be 'l2' or 'dot', got {score!r}."
+        raise ValueError(msg)
+    if k is not None and not (isinstance(k, int) and k >= 1):
+        msg = f"k= must be a whole number of at least 1, got {k!r}."
         raise ValueError(msg)
     n, d = data.shape
     if len(noise) % n or (k is not None and len(noise) != k * n):

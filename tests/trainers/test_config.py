@@ -123,6 +123,7 @@ EARLY = {
     "--evaluate.features no.safetensors": "evaluate.features: got 'no.safetensors', expected classifier, inception or",
     "--launch.config 3-a5000": "launch.config: got '3-a5000', expected an accelerate configuration file or one of",
     "--output pyproject.toml": "output: got 'pyproject.toml', expected a folder, or a new one's name",
+    "--output pyproject.toml/run": "output: got 'pyproject.toml/run', expected .*: pyproject.toml is a file",
     "--output {taken}": "already holds checkpoints: continue with --resume auto, or choose another --output",
     "--objective.name stable_diffusion --objective.pretrained ./nowhere --model.name condition_unet": (
         "objective.pretrained: got './nowhere', expected a pipeline's folder, with vae/config.json"

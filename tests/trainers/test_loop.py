@@ -721,11 +721,12 @@ def test_blocks_that_do_not_divide_among_the_processes_are_refused_with_the_arit
 
 @pytest.mark.parametrize("moment", ["is_dir", "exists"])
 def test_a_folder_that_another_process_makes_meanwhile_is_no_mistake(make, monkeypatch, moment):
-    asked = getattr(Path, moment)
+    asked, exists = getattr(Path, moment), Path.exists
 
     def answered(path, *arguments, **options):
         answer = asked(path, *arguments, **options)
-        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        if not exists(recipe.output):
+            recipe.output.mkdir(parents=True)
         return answer
 
     recipe = make("ddim-digits")
@@ -939,6 +940,9 @@ def test_half_precision_that_a_cpu_would_ignore_is_refused(make):
     [
         ("--coupling.method", "auctoin", "auction"),
         ("--coupling.options.kk", "3", "kk"),
+        ("--coupling.method", "nearest:k=0", "coupling: k= must be a whole number of at least 1, got 0"),
+        ("--coupling.method", "nearest:k=many", "coupling: k= must be .* got 'many'"),
+        ("--coupling.method", "sinkhorn:reg=-1", "coupling: reg= must be positive and finite"),
         ("--coupling.metric", "l3", "l2"),
         ("--train.global_batch_size", "1808", "digits has 1797 rows"),
     ],

@@ -199,7 +199,8 @@ def test_the_data_is_not_read_again_where_its_statistics_are_kept(make, tmp_path
         scan = type(source).scan
         with monkeypatch.context() as patch:
             patch.setattr(type(source), "scan", lambda self, *given: scans.append(len(self)) or scan(self, *given))
-            return measure.Scores(network, source, torch.device("cpu"), kid=True, cache=tmp_path)([samples])
+            # A device with a number, as accelerate names it under a launcher.
+            return measure.Scores(network, source, torch.device("cpu", 0), kid=True, cache=tmp_path)([samples])
 
     first = scores(source)
     assert scores(load_source(make("ddim-digits").data)) == first
