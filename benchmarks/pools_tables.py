@@ -173,12 +173,17 @@ def along_table(results: Results) -> str:
 
 
 def longer_table(results: Results) -> str:
-    """Lay out the changes along training, for each way of sampling."""
+    """Lay out, along training, the distances of independent noise and the changes of the others."""
+
+    def cell(objective: str, pairing: str, way: str, step: int) -> str:
+        if pairing == BASE:
+            return spread(results.at(objective, pairing, way, step).dropna())
+        return percent(results.change(objective, pairing, way, step))
+
     rows = [
-        [way, PAIRINGS[pairing], *(percent(results.change(objective, pairing, way, step)) for step in results.steps)]
+        [way, PAIRINGS[pairing], *(cell(objective, pairing, way, step) for step in results.steps)]
         for way in results.ways
         for objective, pairing in results.pairs()
-        if pairing != BASE
     ]
     return markdown(["sampling steps", "noise", *(f"{step:,}" for step in results.steps)], rows)
 
@@ -229,8 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for study in ("pools", "consistency")
         for name, make in _OF_A_STUDY.items()
     },
-    "longer-change": partial(_table, "longer", longer_table),
-    "longer-final": partial(_table, "longer", final_table),
+    "longer": partial(_table, "longer", longer_table),
     "longer-place": partial(_table, "longer", _OF_A_STUDY["place"]),
 }
 

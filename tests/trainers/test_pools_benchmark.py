@@ -307,7 +307,7 @@ def test_a_change_is_shown_along_training():
     records = [_record("flow", name, 0, {"1": value}, step) | {"settings": {}} for name, value, step in arms]
     table = pools_tables.longer_table(pools_tables.Results(records))
     assert table.splitlines()[0] == "| sampling steps | noise | 2 | 4 |"
-    assert table.splitlines()[2:] == ["| 1 | exact, 128 rows | -40% | 0% |"]
+    assert table.splitlines()[2:] == ["| 1 | independent | 100.0 | 50.0 |", "| 1 | exact, 128 rows | -40% | 0% |"]
 
 
 def test_runs_with_different_settings_are_not_in_one_table():
