@@ -285,7 +285,7 @@ def memory(recipe: Recipe, objective: Objective, model: nn.Module, processes: in
         f"averages ({averages})": whole * averages,
         "batch, costs": 4 * (2 * (rows + noises) * values + rows * noises),  # of the present and the next window
     }
-    if processes > 1:
+    if processes > 1 and not recipe.train.ddp.get("gradient_as_bucket_view", True):  # else gradients are views of them
         pieces["DDP buckets"] = trained
     if isinstance(recipe.objective, Consistency) and recipe.objective.variant == "ct":
         pieces["target"] = whole

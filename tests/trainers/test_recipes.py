@@ -269,7 +269,9 @@ def test_the_memory_of_a_plan_is_arithmetic_on_the_parameters():
     further = ["--train.further_ema_decays", "[0.5]", "--launch.config", "cpu-2", "--train.batch_size_per_device", "32"]
     text = plan(config.load([*argv, *further, "--plan"]), argv)
     assert "averages (2)" in text
-    assert "DDP buckets" in text
+    assert "DDP buckets" not in text
+    apart = [*further, "--train.ddp.gradient_as_bucket_view", "false", "--plan"]
+    assert "DDP buckets" in plan(config.load([*argv, *apart]), argv)
 
 
 def test_a_plan_reads_the_sizes_of_local_networks_and_counts_local_images(make, tmp_path):
