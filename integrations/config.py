@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -235,7 +235,7 @@ def _parser(kinds: dict[str, type], prog: str) -> ArgumentParser:
         parser.add_class_arguments(kind, section)
     parser.add_argument("--output", type=str | None, default=None, help="the run's folder; null is runs/<recipe name>")
     resume = "auto: continue from the newest intact checkpoint in the output folder, or start if there is none"
-    parser.add_argument("--resume", type=Literal["auto"] | None, default=None, help=resume)
+    parser.add_argument("--resume", choices=["auto"], default=None, help=resume)
     overlay = "a file of fields, or the name of a bundled one: read after the recipe, before all other options"
     parser.add_argument("--overlay", type=str | None, default=None, help=overlay)
     parser.add_argument("--plan", action="store_true", help="say what a run would be and need, and do not train")
