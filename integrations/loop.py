@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import couplings
@@ -100,8 +101,10 @@ def _told_in_one_line(recipe: Recipe) -> Iterator[None]:
     """Say in one line what the disk, another process or an operation does to a run, and what to type."""
     try:
         yield
-    except OSError as error:  # a full disk, most of all
-        place, reason = error.filename or recipe.output, error.strerror or error
+    except (OSError, SafetensorError) as error:  # a full disk, most of all
+        place, reason = recipe.output, error
+        if isinstance(error, OSError):
+            place, reason = error.filename or place, error.strerror or reason
         msg = f"cannot read or write {place}: {reason}; checkpoints are intact"
         raise TrainingError(msg) from error
     except RuntimeError as error:

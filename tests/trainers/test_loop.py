@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_recipes import TINY, first_block, interrupted, tiny
 
@@ -31,6 +32,7 @@ from couplings.assigners import registry
 from integrations import build, checkpoint, config, loop, pairs, places, termination
 from integrations.build import build_objective, build_optimizer, build_schedule
 from integrations.data import ArrayImages, load_source, to_signed
+from integrations.ddim import DdimObjective
 from integrations.models import build_model
 from integrations.randomness import Draws, address, epoch_order
 from integrations.train import _tell_how_to_go_on, main
@@ -525,6 +527,18 @@ def test_a_full_disk_beside_the_checkpoints_is_a_clear_error_too(make, capsys):
     assert end.value.code == 1
     assert "No space left on device; checkpoints are intact" in capsys.readouterr().err
     assert checkpoint.newest(recipe.output / "checkpoints").step == 6
+
+
+def test_a_disk_that_is_full_when_the_pipeline_is_written_is_a_clear_error_too(make, monkeypatch):
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def export(*_):
+        raise full
+
+    recipe = make("ddim-digits")
+    monkeypatch.setattr(DdimObjective, "export", export)
+    with pytest.raises(loop.TrainingError, match=f"cannot read or write {recipe.output}: .*No space.*are intact"):
+        loop.train(recipe, progress=False)
 
 
 class Overflowing(torch.amp.GradScaler):
