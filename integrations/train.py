@@ -57,10 +57,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _tell_how_to_go_on(recipe: config.Recipe, argv: list[str]) -> None:
-    """Print where a run that was asked to end was saved, and the line that continues it."""
+    """Print where a run that was asked to end was saved, and the line that continues it.
+
+    Raises
+    ------
+    CheckpointError
+        If it was saved and is gone.
+    """
     from . import checkpoint
 
-    step, steps = checkpoint.steps(recipe.output / "checkpoints")[-1], recipe.train.steps
+    found = checkpoint.steps(recipe.output / "checkpoints")
+    if not found:
+        msg = f"{recipe.output / 'checkpoints'}: was emptied or removed while the run was in it: nothing is saved"
+        raise checkpoint.CheckpointError(msg)
+    step, steps = found[-1], recipe.train.steps
     if step >= steps or os.environ.get("RANK", "0") != "0":
         return
     further = [] if recipe.resume else ["--resume", "auto"]

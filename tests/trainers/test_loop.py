@@ -529,6 +529,18 @@ def test_a_full_disk_beside_the_checkpoints_is_a_clear_error_too(make, capsys):
     assert checkpoint.newest(recipe.output / "checkpoints").step == 6
 
 
+def test_a_folder_that_is_removed_while_a_run_is_in_it_is_a_clear_error(make, monkeypatch, capsys):
+    recipe = make("ddim-digits")
+    recipe.output.mkdir()
+    (recipe.output / "given.yaml").write_text(recipe.text())
+    finish = loop.Run.finish
+    monkeypatch.setattr(loop.Run, "finish", lambda run: (finish(run), shutil.rmtree(recipe.output)))
+    with pytest.raises(SystemExit) as end:
+        main([str(recipe.output / "given.yaml")])
+    assert end.value.code == 1
+    assert "was emptied or removed while the run was in it" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_full_when_the_pipeline_is_written_is_a_clear_error_too(make, monkeypatch):
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
