@@ -149,9 +149,8 @@ def build_coupling(recipe: Recipe, group: ProcessGroup | None = None) -> Couplin
     try:
         coupling = Coupling(method, section.metric, section.quantize, section.scope, **options, **over)
         if options and section.condition is None:  # methods look at the values of their options when they are called
-            k = options.get("k")
-            rows = 2 * (k if isinstance(k, int) and 0 < k < 100 else candidates(Coupling(method)))
-            Coupling(method, section.metric, **options)(torch.eye(2), torch.eye(rows, 2) + 1)
+            noise = torch.eye(2 * candidates(coupling), 2) + 1
+            Coupling(method, section.metric, **options)(torch.eye(2), noise)
         return coupling
     except (ValueError, TypeError) as error:
         msg = f"coupling: {error}"
@@ -160,7 +159,10 @@ def build_coupling(recipe: Recipe, group: ProcessGroup | None = None) -> Couplin
 
 def candidates(coupling: Coupling) -> int:
     """Return the noise rows that each data row needs: `nearest` alone chooses from several."""
-    return coupling.options.get("k") or 4 if coupling.method == "nearest" else 1
+    if coupling.method != "nearest":
+        return 1
+    k = coupling.options.get("k")
+    return k if isinstance(k, int) and k > 0 else 4  # nearest refuses what is no number of rows
 
 
 def build_optimizer(config: Optimizer | OwnOptimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -978,6 +978,12 @@ def test_a_coupling_or_batch_that_cannot_be_is_refused(make, option, value, mess
         loop.Run(make("ddim-digits", option, value))
 
 
+@pytest.mark.parametrize(("named", "count"), [("nearest", 4), ("nearest:k=150", 150), ("sinkhorn:reg=0.5", 1)])
+def test_options_that_can_be_are_taken(make, named, count):
+    coupling = build.build_coupling(make("ddim-digits", "--coupling.method", named))
+    assert build.candidates(coupling) == count
+
+
 def test_nearest_gets_its_candidates(make):
     recipe = make("flow-matching-digits", "--coupling.method", "nearest", "--coupling.options.k", "3")
     run = loop.Run(recipe)
