@@ -244,7 +244,9 @@ def settings(recipe: Any) -> dict[str, Any]:
     What is as by default is left out, so that a field which recipes have one day leaves the records as they are. With a
     constant learning rate a longer run begins with the shorter one, so that it may be continued.
     """
-    values = {name: _said(getattr(recipe, name)) for name in recipe.sections() if name != "output"}
+    from integrations.config import SECTIONS
+
+    values = {name: _said(getattr(recipe, name)) for name in SECTIONS}
     if (named := other_package(recipe.coupling.method)) is not None:
         values["coupling"]["plugin"] = named
     shorter = ["steps"] if recipe.optimizer.schedule == "constant" else []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from couplings import couple, semidiscrete
+from couplings._files import written_atomically
 from integrations import measure
 from integrations.build import build_optimizer, build_schedule
 from integrations.config import Recipe
@@ -178,9 +179,8 @@ class Kept:
     def take(self, trainer: Trainer, seconds: float, *, now: bool) -> None:
         """Keep what is trained, and the seconds since the last checkpoint: now, or if it is time."""
         if now or time.perf_counter() > self.at + SAVE_EVERY:
-            part = self.path.with_suffix(".part")
-            torch.save({"about": self.about, "seconds": seconds, "trainer": trainer.state()}, part)
-            part.replace(self.path)
+            with written_atomically(self.path, force=True) as file:
+                torch.save({"about": self.about, "seconds": seconds, "trainer": trainer.state()}, file)
             self.at = time.perf_counter()
 
     def give(self, trainer: Trainer, *, not_after: int) -> tuple[int, float]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from couplings._files import written_atomically
+
 __all__ = ["Best", "Ensemble", "Linear", "Perceptron", "Place", "Residual", "error", "generator", "train"]
 
 INIT, DATA, TRAIN, CHECK, TEST = range(5)  # streams of random numbers of a seed
@@ -254,7 +256,6 @@ def train(
         if place.checkpoint is not None and (time.monotonic() - saved_at > SAVE_EVERY or done == blocks):
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "blocks": done}
             place.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            part = place.checkpoint.with_suffix(".part")
-            torch.save(state | {"best": best.state if best is not None else None}, part)
-            part.replace(place.checkpoint)
+            with written_atomically(place.checkpoint, force=True) as file:
+                torch.save(state | {"best": best.state if best is not None else None}, file)
             saved_at = time.monotonic()
