@@ -59,6 +59,15 @@ class Stack:
             The first N rows are of the first network.
         timestep : () or (R * N,) Tensor
         """
+        if sample.device.type != "cpu":
+            return self.together(sample, timestep)
+        rows = len(sample) // len(self)  # on a CPU, what one network computes stays in the cache
+        times = torch.as_tensor(timestep).expand(len(sample)).split(rows)
+        alone = zip(self.values.unbind(), sample.split(rows), times, strict=True)
+        return UNet2DOutput(sample=torch.cat([self.holding(w[None]).together(x, t).sample for w, x, t in alone]))
+
+    def together(self, sample: Tensor, timestep: Tensor | float) -> UNet2DOutput:
+        """Denoise with one product a layer for all networks."""
         config, w, count = self.template.config, self.weights(), len(self)
         rows, channels, height, width = sample.shape
         p, side, each = config.patch_size, config.sample_size // config.patch_size, rows // count

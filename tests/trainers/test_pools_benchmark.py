@@ -104,7 +104,8 @@ def test_kept_noise_comes_again_nearer_to_its_data(folder, monkeypatch):
     assert totals[-1] < totals[0]
 
 
-def test_a_stack_is_its_networks():
+@pytest.mark.parametrize("run", [Stack.__call__, Stack.together])
+def test_a_stack_is_its_networks(run):
     networks = [ConvNextModel(8, 2, 2, patch_size=4, width=8, depth=2, kernel_size=3) for _ in range(3)]
     for weight in (weight for network in networks for weight in network.parameters()):
         torch.nn.init.normal_(weight, std=0.2)
@@ -112,9 +113,9 @@ def test_a_stack_is_its_networks():
     whole = whole.holding(whole.values.requires_grad_())
     x, t = torch.randn(3, 5, 2, 8, 8), 1000 * torch.rand(3, 5)
     apart = [network(*inputs).sample for network, *inputs in zip(networks, x, t, strict=True)]
-    together = whole(x.flatten(0, 1), t.flatten()).sample
+    together = run(whole, x.flatten(0, 1), t.flatten()).sample
     torch.testing.assert_close(together, torch.cat(apart))
-    torch.testing.assert_close(whole(x.flatten(0, 1), 3.0).sample[:5], networks[0](x[0], 3.0).sample)
+    torch.testing.assert_close(run(whole, x.flatten(0, 1), 3.0).sample[:5], networks[0](x[0], 3.0).sample)
     together.square().sum().backward()
     sum(part.square().sum() for part in apart).backward()
     gradients = whole.holding(whole.values.grad).weights()
