@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import re
 import statistics
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import ahead, host
+from . import ahead, fit, host
 from .record import PACKAGES, RESULTS, Record, append, environment, markdown, new_page, provenance, read
 
 SIZES = (128, 512, 1024, 2048, 4096, 8192)
@@ -151,27 +150,6 @@ def steps(
 # -- a dataset
 
 
-class _TimeUp(Exception):  # noqa: N818  # not an error
-    pass
-
-
-class _Curve(logging.Handler):
-    """Keep the measurements that a fit logs; end the fit when its time is up."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(logging.DEBUG)
-        self.points: list[dict[str, float]] = []
-        self.seconds = seconds
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.search(r"step (\d+): chi\^2 (\S+) after (\S+) s", record.getMessage())
-        if found:
-            step, chi2, after = map(float, found.groups())
-            self.points.append({"step": step, "chi2": chi2, "seconds": after})
-            if after > self.seconds:
-                raise _TimeUp
-
-
 def clustered_rows(rows: int, device: Any) -> Any:
     """Make rows in clusters, of 3x32x32 values that vary slowly from pixel to pixel, as images do."""
     import torch
@@ -187,59 +165,6 @@ def clustered_rows(rows: int, device: Any) -> Any:
         part[:] = interpolate(0.35 * centres[which] + 0.35 * near, size=32, mode="bilinear")
         part += 0.1 * torch.randn(part.shape, generator=generator, device=device)
     return made.clamp_(-1, 1)
-
-
-def dataset(device: Any, rows: int, seconds: float, drawn: int = 4096) -> Iterator[Record]:
-    """Fit a dataset-level coupling for so many seconds; time `assign` against its one product."""
-    import torch
-    from torch.utils.benchmark.utils.timer import timer
-
-    from couplings import semidiscrete
-
-    data = clustered_rows(rows, device)
-    semidiscrete.fit(data[:2000], steps=3)
-    curve, logger = _Curve(seconds), logging.getLogger("couplings.semidiscrete")
-    level, spread = logger.level, logger.propagate
-    logger.addHandler(curve)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    start, status = timer(), "ok"
-    try:
-        semidiscrete.fit(data, tolerance=0.05)
-    except _TimeUp:
-        status = "cut"
-    finally:
-        logger.removeHandler(curve)
-        logger.setLevel(level)
-        logger.propagate = spread
-    yield {
-        "task": "fit",
-        "n": rows,
-        "contender": "semidiscrete",
-        "status": status,
-        "seconds": timer() - start,
-        "curve": curve.points,
-    }
-
-    plan = semidiscrete.fit(data, steps=5)
-    noise = torch.randn(drawn, *data.shape[1:], device=device)
-    flat, z = data.flatten(1), noise.flatten(1)
-    half, narrow = flat.bfloat16(), z.bfloat16()
-    contenders: dict[str, Callable[[], Any]] = {
-        "assign": lambda: plan.assign(noise),
-        "product, float32": lambda: z @ flat.T,
-        "product, bfloat16": lambda: narrow @ half.T,
-    }
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(8):
-        for name, call in contenders.items():
-            begun = timer()
-            call()
-            if turn:
-                taken[name].append(timer() - begun)
-    for name, each in taken.items():
-        found = {"median": statistics.median(each), "quartiles": np.quantile(each, (0.25, 0.75)).tolist()}
-        yield {"task": "assign", "n": rows, "rows": len(noise), "contender": name, "status": "ok", **found}
 
 
 # -- tables
@@ -266,19 +191,6 @@ def calls_table(records: list[Record]) -> str:
 def waits_table(records: list[Record]) -> str:
     """Lay out the waits of the host in one call."""
     return markdown(["", "waits"], [[r["contender"], str(r["waits"])] for r in records if r["task"] == "waits"])
-
-
-def dataset_table(records: list[Record]) -> str:
-    """Lay out chi^2 over time, and what `assign` takes."""
-    rows = []
-    for record in records:
-        if record["task"] == "fit":
-            of = f"fit of {record['n']} rows"
-            for at in record["curve"]:
-                rows.append([of, f"{at['seconds']:.1f} s, {at['step']:.0f} steps", f"chi^2 {at['chi2']:.3f}"])
-        if record["task"] == "assign":
-            rows.append([f"{record['rows']} rows of noise", record["contender"], f"{_ms(record['median'])} ms"])
-    return markdown(["", "", ""], rows)
 
 
 def host_table(records: list[Record]) -> str:
@@ -314,7 +226,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "calls": ("Calls: milliseconds from tensors on the device to tensors on the device", calls_table),
     "waits": ("Waits of the host in one call, n = 256", waits_table),
     "steps": ("What a training step takes more", ahead.steps_table),
-    "dataset": ("A dataset-level coupling", dataset_table),
+    "dataset": ("A dataset-level coupling", fit.table),
     "host": ("The solver on this host", host_table),
     "processor": ("Its processor", processor_table),
 }
@@ -403,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
             return steps(device, (4,), 2, 0.01, until(60.0), channels=(32, 32))
         if which == "steps":
             return steps(device, (256, 512, 1024), 7, 0.5, until(60.0))
-        return dataset(device, 64, 1.0, 64) if quick else dataset(device, 50_000, 40.0)
+        return fit.measure(clustered_rows(64 if quick else 50_000, device), 40.0, 64 if quick else 4096)
 
     failed = False
     for which in arguments.only:

@@ -14,7 +14,17 @@ from collections.abc import Callable
 
 import couplings
 
-from . import ablation_tables, ahead, compatibility, device, distributed, pools_tables, solver_tables, training_tables
+from . import (
+    ablation_tables,
+    ahead,
+    compatibility,
+    device,
+    distributed,
+    fit,
+    pools_tables,
+    solver_tables,
+    training_tables,
+)
 from .published import tables as published_tables
 from .record import RESULTS, ROOT, markdown
 from .robustness import tables as robustness_tables
@@ -64,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **ahead.TABLES,
     **compatibility.TABLES,
     **device.TABLES,
+    **fit.TABLES,
     **pools_tables.TABLES,
     **published_tables.TABLES,
     **robustness_tables.TABLES,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import ahead, device, host, tables
+from benchmarks import ahead, device, fit, host, tables
 from benchmarks.record import read
 
 
@@ -83,11 +83,23 @@ def test_a_page_of_a_device_is_written_from_its_record(tmp_path, monkeypatch):
 
 
 def test_a_fit_is_cut_when_its_time_is_up():
-    (fit, *products) = device.dataset(torch.device("cpu"), 64, 0.0, 64)
-    assert fit["status"] == "cut"
-    assert fit["curve"]
+    cut, *products = fit.measure(device.clustered_rows(64, torch.device("cpu")), 0.0, 64)
+    assert cut["status"] == "cut"
+    assert cut["curve"]
     assert {record["contender"] for record in products} == {"assign", "product, float32", "product, bfloat16"}
-    assert "chi^2" in device.dataset_table([fit, *products])
+    assert "chi^2" in fit.table([cut, *products])
+
+
+def test_a_fit_is_on_record_with_its_pairs(tmp_path, capsys):
+    torch.save(torch.rand(64, 1, 4, 4), tmp_path / "rows.pt")
+    for _ in range(2):
+        fit.main([str(tmp_path / "rows.pt"), "--drawn", "32", "--output", str(tmp_path)])
+    record, *products = read(tmp_path / "fit.jsonl")
+    assert record["status"] == "ok"
+    assert record["curve"][-1]["chi2"] < fit.TOLERANCE
+    assert record["distance"] < record["independent"]
+    assert len(products) == 3
+    assert "| minibatches of 2048 rows, exact |" in capsys.readouterr().out
 
 
 def test_the_host_is_probed_in_every_state(tmp_path):
