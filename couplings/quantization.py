@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from couplings._names import unknown
+from couplings._products import row_products
 
 # The largest magnitude after scaling. None: the type has the range of float32 and needs no scale.
 _TYPES: dict[str, tuple[torch.dtype, float | None]] = {
@@ -141,8 +142,7 @@ def inner_products(x: Operand, y: Operand, *, factor: float = 1.0) -> Tensor:
             product = _native_product(x.rows, y.rows)
         if product is not None:
             return product.to(x.scale.dtype).mul_(x.scale * y.scale * factor)
-    multiply = torch.addmm if x.rows.dim() == 2 else torch.baddbmm
-    return multiply(x.values.new_zeros(()), x.values, y.values.mT, beta=0, alpha=factor)
+    return row_products(x.values, y.values, factor=factor)
 
 
 def _native_product(x: Tensor, y: Tensor) -> Tensor | None:
@@ -168,5 +168,5 @@ def _int8_product(x: Tensor, y: Tensor) -> Tensor:
     total = torch.zeros(*x.shape[:-1], y.shape[-2], dtype=exact, device=x.device)
     for start in range(0, depth, _EXACT_INT8_TERMS):
         part = slice(start, start + _EXACT_INT8_TERMS)
-        total += (x[..., part].float() @ y[..., part].float().mT).to(exact)
+        total += row_products(x[..., part].float(), y[..., part].float()).to(exact)
     return total

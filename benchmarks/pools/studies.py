@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchdiffeq import odeint
 
 from integrations import config
 from integrations.build import build_objective
 from integrations.consistency import ConsistencyObjective, Levels, target_decay
 from integrations.data import Source
+from integrations.flow_matching import TIME_SCALE
 from integrations.randomness import Draws
 
 from ..training import RECIPES
@@ -139,6 +141,33 @@ class Longer(Pools):
     training = ("--train.steps", "6000", "--train.checkpoint_every", "1500", "--evaluate.samples", "2000")
 
 
+class Begun(Longer):
+    """Flow matching, sampled from the mixtures that it was trained with, to see at which times samples are lost.
+
+    What begins at a time t is true until there: what is lost is lost between t and the data.
+    """
+
+    name = "begun"
+    training = Pools.training
+    times = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
+
+    def samples(
+        self, name: str, stack: Stack, noise: Tensor, fresh: Tensor, pair: Pair
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Go from mixtures of data with its noise to data, by an adaptive solver."""
+        data, paired = pair
+        tolerance = self.objectives[name].config.tolerance
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            return stack(x, TIME_SCALE * t).sample
+
+        for t in self.times:
+            x = torch.lerp(data, paired, t)
+            if t:
+                x = odeint(velocity, x, torch.tensor([t, 0.0], device=x.device), rtol=tolerance, atol=tolerance)[-1]
+            yield f"{t:g}", x.clamp(-1, 1)
+
+
 class Alike(ConsistencyObjective):
     """Improved consistency training that weights all levels alike."""
 
@@ -217,4 +246,4 @@ class Consistency(Study):
             yield f"data at {sigma}", denoise(data + sigma * paired, sigma)
 
 
-STUDIES = {study.name: study for study in (Pools, Longer, Consistency)}
+STUDIES = {study.name: study for study in (Pools, Longer, Begun, Consistency)}

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from couplings._products import row_products
 from couplings.collectives import Ranks
 from couplings.semidiscrete.rows import Rows
 
@@ -64,10 +65,10 @@ class Search:
         for where, rows in self.rows.chunks(self._first, self._last):
             for start in range(0, n, _NOISE_ROWS):
                 part = slice(start, start + _NOISE_ROWS)
-                scores = torch.addmm(potentials[where], noise[part], rows.T)
+                scores = row_products(noise[part], rows, potentials[where])
                 if self.rows.mirrored:
                     # A flipped row meets noise as the row meets the noise flipped.
-                    other = torch.addmm(potentials[where], self.rows.flipped(noise[part]), rows.T)
+                    other = row_products(self.rows.flipped(noise[part]), rows, potentials[where])
                     scores = torch.maximum(scores, other)
                 if top == 1:
                     value, at = scores.max(1, keepdim=True)
@@ -113,7 +114,7 @@ class Search:
                 rows = self.rows.from_mean(rows).bfloat16()
             for start in range(0, len(best), _NOISE_ROWS // GROUP):
                 part = slice(start, start + _NOISE_ROWS // GROUP)
-                product = multiplied[start * GROUP : start * GROUP + _NOISE_ROWS] @ rows.T
+                product = row_products(multiplied[start * GROUP : start * GROUP + _NOISE_ROWS], rows)
                 scores = product.float().view(-1, GROUP, len(rows))
                 take = _read_off_cpu if noise.device.type == "cpu" else _read_off
                 take(scores, potentials[where], lines, where.start, best[part], pick[part])

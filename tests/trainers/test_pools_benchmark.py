@@ -9,7 +9,7 @@ import torch
 from benchmarks import pools_tables
 from benchmarks.pools import pairs, train
 from benchmarks.pools.networks import Stack
-from benchmarks.pools.studies import STUDIES, Consistency, Pools
+from benchmarks.pools.studies import STUDIES, Begun, Consistency, Pools
 from benchmarks.record import read
 from couplings import couple
 from couplings.semidiscrete import Semidiscrete
@@ -212,6 +212,18 @@ def test_flow_matching_alone_is_trained_longer(tmp_path, digits):
     assert [(r["objective"], r["step"], *r["frechet"]) for r in read(records)] == [
         ("flow", step, "1", "5", "50", "dopri5") for step in (2, 3)
     ]
+
+
+def test_what_begins_later_is_true_until_there(digits):
+    study = Begun(digits, "batch", FURTHER)
+    stack = train.Trainer(study, (0,), torch.device("cpu")).stack
+    x, z = 3 * torch.rand(8, 1, 8, 8), torch.randn(8, 1, 8, 8)
+    with torch.no_grad():
+        images = dict(study.samples("flow", stack, z, z, (x, z)))
+        whole = dict(Pools(digits, "batch", FURTHER).samples("flow", stack, z, z, (x, z)))["dopri5"]
+    assert list(images) == ["1", "0.95", "0.9", "0.8", "0.6", "0.4", "0.2", "0"]
+    torch.testing.assert_close(images["1"], whole)
+    assert torch.equal(images["0"], x.clamp(-1, 1))
 
 
 @pytest.mark.parametrize(
