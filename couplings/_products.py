@@ -31,6 +31,8 @@ def row_products(x: Tensor, y: Tensor, bias: Tensor | None = None, *, factor: fl
     (..., n, m) Tensor
     """
     if _large(x, y) and _onednn_is_faster():
+        if x.dim() == 3:
+            return torch.stack([row_products(*pair, bias, factor=factor) for pair in zip(x, y, strict=True)])
         if factor != 1.0 and bias is not None:
             return row_products(x, y, factor=factor).add_(bias)
         with torch.no_grad():
@@ -41,8 +43,8 @@ def row_products(x: Tensor, y: Tensor, bias: Tensor | None = None, *, factor: fl
 
 
 def _large(x: Tensor, y: Tensor) -> bool:
-    plain = x.dim() == 2 and x.device.type == "cpu" and x.dtype is y.dtype is torch.float32
-    return plain and x.numel() * len(y) >= _WORTH_IT
+    plain = x.device.type == "cpu" and x.dtype is y.dtype is torch.float32
+    return plain and x.shape[-2] * y.shape[-2] * x.shape[-1] >= _WORTH_IT
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,12 @@ def test_rows_are_multiplied_with_rows(onednn, n, m, d, factor):
     torch.testing.assert_close(row_products(x, y, bias, factor=factor), (product + bias).float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("n", [3, 300])
+def test_batches_are_multiplied_one_by_one(onednn, n):
+    x, y = torch.randn(4, n, 70), torch.randn(4, 250, 70)
+    torch.testing.assert_close(row_products(x, y, factor=-2.0), -2.0 * x @ y.mT, rtol=1e-5, atol=1e-4)
+
+
 def test_rows_need_not_lie_together(onednn):
     x, y = torch.randn(70, 600).T[::2], torch.randn(900, 140)[::3, ::2]
     torch.testing.assert_close(row_products(x, y), x @ y.T, rtol=1e-5, atol=1e-4)
