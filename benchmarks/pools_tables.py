@@ -16,6 +16,7 @@ __all__ = ["TABLES", "Results", "committed", "draw"]
 
 OBJECTIVES = {
     "flow": "Flow matching",
+    "flow-noisier": "Flow matching, noisier times",
     "v": "DDIM, v prediction",
     "image": "DDIM, image prediction",
     "ct": "as published",
@@ -231,7 +232,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pools": partial(_table, "pools", readme_table),
     **{
         f"{study}-{name}": partial(_table, study, make)
-        for study in ("pools", "consistency")
+        for study in ("pools", "noisier", "begun", "consistency")
         for name, make in _OF_A_STUDY.items()
     },
     "longer": partial(_table, "longer", longer_table),

@@ -142,7 +142,7 @@ class Longer(Pools):
 
 
 class Noisier(Longer):
-    """Flow matching that is trained most at the noisiest times, three times as often as evenly in the last twentieth."""
+    """Flow matching that is trained three times as often in the noisiest twentieth of the path as evenly."""
 
     name = "noisier"
     variants = {  # noqa: RUF012

@@ -9,7 +9,7 @@ import torch
 from benchmarks import pools_tables
 from benchmarks.pools import pairs, train
 from benchmarks.pools.networks import Stack
-from benchmarks.pools.studies import STUDIES, Begun, Consistency, Pools
+from benchmarks.pools.studies import STUDIES, Begun, Consistency, Noisier, Pools
 from benchmarks.record import read
 from couplings import couple
 from couplings.semidiscrete import Semidiscrete
@@ -212,6 +212,18 @@ def test_flow_matching_alone_is_trained_longer(tmp_path, digits):
     assert [(r["objective"], r["step"], *r["frechet"]) for r in read(records)] == [
         ("flow", step, "1", "5", "50", "dopri5") for step in (2, 3)
     ]
+
+
+def test_noisier_times_are_trained_three_times_as_often(digits):
+    study = Noisier(digits, "batch", FURTHER)
+    objective = study.objectives["flow-noisier"]
+    x = torch.zeros(20_000, 1, 1, 1)
+    times = objective.mix(x, x, Draws(0, 0, 0, 1, torch.device("cpu"))).timesteps / 1000
+    assert 0.14 < (times > 0.95).float().mean() < 0.19
+    stack, z = train.Trainer(study, (0,), torch.device("cpu")).stack, torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        ways = [way for way, _ in study.samples("flow-noisier", stack, z, z, (z, z))]
+    assert ways == [*map(str, Pools.steps), "dopri5"]
 
 
 def test_what_begins_later_is_true_until_there(digits):
