@@ -49,7 +49,7 @@ def _large(x: Tensor, y: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _onednn_is_faster() -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # PyTorch was built without oneDNN
         return False
     from llvmlite import binding
 

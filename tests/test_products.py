@@ -6,7 +6,7 @@ import torch
 from couplings import _products, couple
 from couplings._products import row_products
 
-has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise") if torch.backends.mkldnn.is_available() else False
+has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not has_onednn, reason="needs oneDNN"))])
