@@ -198,6 +198,18 @@ def test_equal_rows_share_evenly():
     assert (shares(constant) - 1).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("shape", [(1,), (6,), (2, 3)])
+def test_rows_of_float64_may_differ_by_less_than_float32_holds(shape):
+    near = drawn(100, *shape).double()
+    plan = fit(near + 2.0**30, mirrored=len(shape) > 1)
+    assert all(part.rows.copies is None for part in plan.parts)
+    noise = drawn(500, *shape)
+    same = Semidiscrete(
+        plan.potentials, 0.0, None, plan.shape, "", plan.mirrored, fit(near, mirrored=plan.mirrored).parts
+    )
+    assert (plan.assign(noise) == same.assign(noise)).double().mean() > 0.98
+
+
 def test_one_row_gets_all_noise():
     plan = fit(drawn(1, 5))
     assert plan.chi2 == 0.0
@@ -303,6 +315,47 @@ def test_a_loader_goes_on_where_it_stood(plan, images):
     for (batch, noise), (expected, drawn_before) in zip(rest, whole[3:], strict=True):
         assert torch.equal(batch["number"], expected["number"])
         assert torch.equal(noise, drawn_before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_draw_anew_in_every_epoch_and_on_every_rank(plan, images, workers):
+    loaders = [
+        plan.loader(Augmented(), 100, rank=r, world_size=2, num_workers=workers, multiprocessing_context="fork")
+        for r in range(2)
+    ]
+    numbers = torch.cat([batch for loader in loaders for _ in range(2) for batch, _ in loader])
+    assert len(numbers.unique()) == len(numbers)
+
+
+class Augmented:
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, row):
+        return torch.rand((), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 32}, "batch_size=32, not 64"),
+        ({"world_size": 2}, "world_size=2, not 1"),
+        ({"seed": 1}, "seed=1, not 0"),
+        ({"handed": -1}, "handed=-1"),
+        ({"epoch": None}, "epoch=-1"),
+    ],
+)
+def test_the_state_of_another_loader_is_refused(plan, images, changes, message):
+    loader = plan.loader(Numbered(images), 64)
+    state = {name: value for name, value in {**loader.state_dict(), **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict(state)
+
+
+def test_labels_may_be_large(images):
+    labels = torch.arange(300) % 2
+    small, large = (fit(images, classes=labels + offset, tolerance=0.2) for offset in (0, 2**40))
+    assert large.quality(rows=2048) == small.quality(rows=2048)
 
 
 # --- mirrored data
@@ -483,6 +536,22 @@ def test_resuming_equals_never_stopping(images, tmp_path, classes, monkeypatch):
     assert torch.equal(resumed.potentials, whole.potentials)
     assert resumed.chi2 == whole.chi2
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("classes", [None, torch.arange(300) % 2])
+def test_what_is_fitted_is_not_fitted_on(images, tmp_path, classes):
+    whole = fit(images, classes=classes)
+    for _ in range(2):
+        again = fit(images, classes=classes, checkpoint=tmp_path / "checkpoint")
+        assert torch.equal(again.potentials, whole.potentials)
+        assert again.chi2 == whole.chi2
+
+
+def test_a_small_tolerance_is_not_reached_by_chance():
+    data = drawn(40, 2)
+    plan = fit(data, tolerance=1e-3)
+    picked = shares(plan, n=1_000_000) - 1.0
+    assert picked.square().mean() < 1.5e-3
 
 
 def test_a_checkpoint_of_another_fit_is_refused(images, tmp_path):

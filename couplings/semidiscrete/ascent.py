@@ -30,6 +30,7 @@ _DECAY = 0.5
 _AVERAGE = 3.0  # the average counts step t in proportion to t to this power, about
 _CHECK_GROWTH = 1.25
 _GAP_ROWS = 256
+_MOST_AGAIN = 100  # times as much noise, behind which a smaller tolerance is not told apart
 _CHECKED = 1024  # noise rows at a time, from which chi^2 is measured
 
 
@@ -156,7 +157,7 @@ def ascend(
     A step is a function of its number and of `state`, so that an ascent can be resumed bit for bit. On a GPU the host
     waits where chi^2 is measured, after 10 steps, 13, 17, ..., and not between.
     """
-    if rows.dim == 1:
+    if rows.dim == 1 or state.chi2 < tolerance:  # there is nothing to do, or it was done before
         checked(state)
         return
     shares = Shares(rows)
@@ -189,8 +190,10 @@ def _measured_chi2(
     rows: Rows, search: Search, state: State, tolerance: float, seed: int, *, again: bool = False
 ) -> float:
     """Measure the unbiased chi^2 of the average's picks on fresh noise: roughly where it is far above `tolerance`."""
-    # Coincidences of picks grow with their square over N: from so many noise rows chi^2 is known within about 0.01.
-    count = GROUP * math.ceil(max(_CHECKED, 10.0 * math.sqrt(rows.count)) / GROUP) * (4 if again else 1)
+    # Coincidences of picks grow with their square over N: from so many noise rows chi^2 is known within about 0.01, and
+    # what is reported within a third of the tolerance.
+    count = GROUP * math.ceil(max(_CHECKED, 10.0 * math.sqrt(rows.count)) / GROUP)
+    count *= min(max(4, math.ceil(0.03 / tolerance)), _MOST_AGAIN) if again else 1
     first = (2 * state.step + again) << 24  # no noise serves twice
     picks: list[Tensor] = []
     for at in range(0, count, _CHECKED):

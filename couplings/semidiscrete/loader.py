@@ -41,7 +41,12 @@ class PairLoader:
     epoch : int
         Number of the epoch that comes next, or that is under way.
     moved : int or None
-        Noise rows of the last epoch that were moved to another data row to use all equally often; None before.
+        Noise rows of the last epoch that were moved to another data row to use all equally often; None before, 0 where
+        nothing is balanced.
+
+    Notes
+    -----
+    Leaving the loop stops in the middle of the epoch: the next loop goes on there.
     """
 
     def __init__(
@@ -57,6 +62,9 @@ class PairLoader:
         world_size: int | None,
         options: dict[str, Any],
     ) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            msg = f"dataset must have rows by number, as a map-style dataset has, got {type(dataset).__name__}."
+            raise TypeError(msg)
         if len(dataset) != len(plan):
             msg = f"the plan is of {len(plan)} rows of data, but the dataset has {len(dataset)}."
             raise ValueError(msg)
@@ -88,8 +96,8 @@ class PairLoader:
         loader = torch.utils.data.DataLoader(
             self.dataset,
             batch_sampler=[pairs[1][batch].tolist() for batch in batches],
-            # Workers seed from it: the global random state is left alone.
-            generator=torch.Generator().manual_seed(self.seed),
+            # Workers seed from it, otherwise in every epoch and on every rank; the global random state is left alone.
+            generator=torch.Generator().manual_seed(self._worker_seed()),
             **self._options,
         )
         for rows, batch in zip(batches, loader, strict=True):
@@ -127,14 +135,32 @@ class PairLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands."""
-        return {"epoch": self.epoch, "handed": self._handed, "seed": self.seed}
+        return {"epoch": self.epoch, "handed": self._handed, **self._about()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another loader of the same plan and settings stood."""
-        if state["seed"] != self.seed:
-            msg = f"the state is of a loader with seed={state['seed']}, not {self.seed}."
+        """Go on where another loader of the same plan and settings stood.
+
+        Raises
+        ------
+        ValueError
+            If its settings were others, or the state is none of a loader.
+        """
+        for name, value in self._about().items():
+            if state.get(name) != value:
+                msg = f"the state is of a loader with {name}={state.get(name)}, not {value}."
+                raise ValueError(msg)
+        epoch, handed = state.get("epoch", -1), state.get("handed", -1)
+        if epoch < 0 or not 0 <= handed <= len(self):
+            msg = f"the state is none of this loader: epoch={epoch}, handed={handed}."
             raise ValueError(msg)
-        self.epoch, self._handed = state["epoch"], state["handed"]
+        self.epoch, self._handed = epoch, handed
+
+    def _about(self) -> dict[str, int]:
+        return {"seed": self.seed, "batch_size": self.batch_size, "world_size": self.world_size}
+
+    def _worker_seed(self) -> int:
+        numbers = (self.seed % 2**64, self.epoch, self.rank)
+        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _cuts(self) -> list[int]:
         """Where the batches of all ranks together end; a rest too small for every rank goes to the one before."""

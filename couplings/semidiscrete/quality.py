@@ -56,23 +56,24 @@ def measure(plan: Semidiscrete, rows: int, seed: int) -> Quality:
     ValueError
         If `rows` is below 2,048.
     """
-    if rows < 2048:
-        msg = f"rows= must be at least 2,048, got {rows}."
+    if not isinstance(rows, int) or rows < 2048:
+        msg = f"rows= must be an integer of at least 2,048, got {rows!r}."
         raise ValueError(msg)
     generator = torch.Generator().manual_seed(seed)
     distances = dict.fromkeys(("plan", "independent", "128", "1024", "2048"), 0.0)
     used, gap = 0, 0.0
-    for part, potentials in zip(plan.parts, plan._by_part, strict=True):
+    for number, (part, potentials) in enumerate(zip(plan.parts, plan._by_part, strict=True)):
         share = part.rows.count / len(plan)
         mine = max(GROUP, round(rows * share))
-        z = _noise(part, seed, 0, mine)
+        offset = number << 32  # each class has noise of its own
+        z = _noise(part, seed, offset, mine)
         picked = part.rows.facing(Search(part.rows).highest(potentials, z)[1][:, 0], z)
         distances["plan"] += share * _distance(part, picked, z)
         drawn = _drawn(part, mine, generator)
         distances["independent"] += share * _distance(part, drawn, z)
         for size in (128, 1024, 2048):
             distances[str(size)] += share * _minibatch_distance(part, drawn, z, size)
-        hit, excess = _spread(part, potentials, seed, mine)
+        hit, excess = _spread(part, potentials, seed, offset + mine)
         used += hit
         gap += share * 2.0 * excess
     return Quality(
@@ -88,10 +89,7 @@ def measure(plan: Semidiscrete, rows: int, seed: int) -> Quality:
 
 
 def _noise(part: Part, seed: int, first: int, count: int) -> Tensor:
-    # Each class has noise of its own: a class's label is its offset.
-    seeds = row_seeds(
-        seed, ((part.label or 0) << 32) + first, count, stream=STREAMS["quality"], device=part.rows.device
-    )
+    seeds = row_seeds(seed, first, count, stream=STREAMS["quality"], device=part.rows.device)
     return normal(seeds, (part.rows.dim,))
 
 

@@ -182,7 +182,9 @@ class Rows:
         total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         hashes: list[Tensor] = []
         flipped: list[Tensor] = []
-        for where, rows in self.chunks():
+        for start in range(0, self.count, self.chunk):
+            where = slice(start, min(start + self.chunk, self.count))
+            rows = self._read(where)
             sums = rows.sum(0, dtype=torch.float64)
             if not bool(torch.isfinite(sums).all()):
                 bad = int((~torch.isfinite(rows)).any(1).nonzero()[0]) if not torch.isfinite(rows).all() else 0
@@ -190,9 +192,9 @@ class Rows:
                 msg = f"data contains NaN or infinity (first: row {row}). Find where it comes from, or leave it out."
                 raise ValueError(msg)
             total += sums
-            hashes.append(hash_rows(rows.float()).cpu())
+            hashes.append(hash_rows(_bits(rows)).cpu())
             if self.mirrored:
-                flipped.append(hash_rows(self.flipped(rows.float())).cpu())
+                flipped.append(hash_rows(_bits(self.flipped(rows))).cpu())
         self.mean = total / self.count
         if self.mirrored:
             self.mean = (self.mean + self.flipped(self.mean)) / 2.0
@@ -224,6 +226,14 @@ def hash_rows(rows: Tensor) -> Tensor:
         mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * -0x6B2FB644ECCEEE15
         hashes.append(mixed ^ ((mixed >> 29) & 0x7FFFFFFFF))
     return torch.stack(hashes, 1)
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """Give float32 rows that differ wherever the rows do; float64 is the sum of two or more, of which two are kept."""
+    high = rows.float()
+    if rows.dtype is not torch.float64 or bool((high == rows).all()):
+        return high
+    return torch.cat([high, (rows - high).float()], 1)
 
 
 def rows_of(labels: Tensor, label: Any) -> Tensor:
