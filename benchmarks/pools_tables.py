@@ -16,7 +16,7 @@ __all__ = ["TABLES", "Results", "committed", "draw"]
 
 OBJECTIVES = {
     "flow": "Flow matching",
-    "flow-noisier": "Flow matching, noisier times",
+    "flow-noisier": "Flow matching at noisier times",
     "v": "DDIM, v prediction",
     "image": "DDIM, image prediction",
     "ct": "as published",
@@ -232,11 +232,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "pools": partial(_table, "pools", readme_table),
     **{
         f"{study}-{name}": partial(_table, study, make)
-        for study in ("pools", "noisier", "begun", "consistency")
+        for study in ("pools", "begun", "consistency")
         for name, make in _OF_A_STUDY.items()
     },
-    "longer": partial(_table, "longer", longer_table),
-    "longer-place": partial(_table, "longer", _OF_A_STUDY["place"]),
+    **{study: partial(_table, study, longer_table) for study in ("longer", "noisier")},
+    **{f"{study}-place": partial(_table, study, _OF_A_STUDY["place"]) for study in ("longer", "noisier")},
 }
 
 

@@ -149,8 +149,6 @@ class Noisier(Longer):
         "flow-noisier": (*Pools.variants["flow"], *_overrides(time="logit_normal", logit_mean="1.5", logit_std="1.5")),
     }
     pairings = dict.fromkeys(Longer.pairings, tuple(variants))
-    steps = Pools.steps
-    training = Pools.training
 
 
 class Begun(Longer):
