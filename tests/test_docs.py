@@ -212,6 +212,18 @@ def test_comparisons_in_prose_are_those_of_the_records():
     assert mean("ms", n=2048, method="auction") < mean("ms", n=2048, method="sliced")
     gaps = [mean("gap", n=512, method=name) for name in ("auction", "hungarian", "lapjv", "emd")]
     assert max(map(abs, gaps)) < 1e-6
+    # pools.md: where flow matching loses, and what becomes of it
+    begun, longer = (pools_tables.committed(study) for study in ("begun", "longer"))
+    for pairing in ("batch", "semidiscrete"):
+        lost = [begun.change("flow", pairing, t)[0] for t in ("1", "0.95", "0.8")]
+        assert lost[0] > 0
+        assert lost[1] < -0.2
+        assert lost[2] == pytest.approx(-0.5, abs=0.05)
+        assert longer.change("flow", pairing, "1")[0] < longer.change("flow", pairing, "1", 1500)[0]
+    assert begun.at("flow", "semidiscrete", "0").mean() < 1.3 * begun.at("flow", "independent", "0").mean()
+    assert longer.change("flow", "batch", "50")[0] < 0
+    assert not longer.change("flow", "batch", "dopri5")[1]
+    assert longer.change("flow", "semidiscrete", "dopri5")[0] > 0.1
 
 
 def test_a_number_that_no_record_supports_is_found():
