@@ -14,7 +14,15 @@ __all__ = ["check_target", "locked", "written_atomically"]
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Raise an OSError if the folder does not exist, or the file does and `force` is not set."""
+    """Raise an OSError if a file cannot be written there, or is there and `force` is not set."""
+    _check_free(path, force=force)
+    with _naming(path):
+        partial, file = _opened_beside(path.resolve())
+    file.close()
+    partial.unlink(missing_ok=True)
+
+
+def _check_free(path: Path, *, force: bool) -> None:
     if path.is_dir():
         msg = f"{path}: this is a folder; name a file in it."
         raise IsADirectoryError(msg)
@@ -45,18 +53,47 @@ def locked(file: IO[bytes], *, wait: bool = False) -> bool:
 @contextmanager
 def written_atomically(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that takes its place once it is complete and on disk, as far as `force` allows."""
+    _check_free(path, force=force)
     target = path.resolve()  # a link is followed, not replaced
     _remove_remains(target)
-    partial, file = _opened_beside(target)
+    with _naming(path):
+        partial, file = _opened_beside(target)
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        check_target(path, force=force)
-        partial.replace(target)
+            with _naming(path):
+                file.flush()
+                os.fsync(file.fileno())
+            if os.name == "nt":  # where no open file can be moved
+                file.close()
+            _check_free(path, force=force)
+            with _naming(path):
+                _put_in_place(partial, target, force=force)  # while it is locked: nobody takes it for remains
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the path as it was given in errors of the system, instead of the file beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _put_in_place(partial: Path, target: Path, *, force: bool) -> None:
+    """Give a file its name; without `force` only if nobody has taken that name, at this very moment."""
+    if not force:
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
+        else:
+            return
+    partial.replace(target)
 
 
 def _opened_beside(target: Path) -> tuple[Path, IO[bytes]]:

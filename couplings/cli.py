@@ -536,9 +536,16 @@ def _check_device(name: str | None) -> None:
     import torch
 
     try:
-        torch.empty(0, device=name)
-    except AssertionError as error:  # torch was built without it
-        raise RuntimeError(str(error)) from error
+        device = None if name is None else torch.device(name)
+    except RuntimeError as error:  # which lists all that torch was ever built for
+        msg = f"--device {name}: no device is called that. Try cpu, cuda or cuda:1."
+        raise ValueError(msg) from error
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch was built without it, or the machine has none
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        msg = f"--device {name} cannot be used here: {reason}."
+        raise RuntimeError(msg) from error
 
 
 def _console() -> Console:

@@ -13,12 +13,14 @@ doi:10.1145/2063384.2063405
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-__all__ = ["STREAMS", "normal", "row_seeds"]
+__all__ = ["STREAMS", "as_seed", "normal", "row_seeds"]
 
 # Streams of one seed, so that no noise serves two purposes.
 STREAMS = {"fit": 0, "check": 1, "start": 2, "quality": 3, "epoch": 4, "persistent": 5, "slots": 6}
@@ -104,15 +106,24 @@ def normal(
     return made.view(len(keys), blocks * 4)[:, :values].reshape(len(keys), *shape)
 
 
+def as_seed(seed: SupportsIndex) -> int:
+    """Take any integer for a seed, such as one of NumPy, and refuse everything else with a TypeError."""
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        msg = f"seed= must be an integer, got {seed!r}."
+        raise TypeError(msg) from error
+
+
 def row_seeds(
-    seed: int, first: int, count: int, *, stream: int = 0, device: torch.device | str | None = None
+    seed: SupportsIndex, first: int, count: int, *, stream: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
     """Derive the seeds of rows `first` to ``first + count - 1`` from one seed.
 
     Parameters
     ----------
     seed : int
-        64 bits are used.
+        Of any kind; 64 bits are used.
     first, count : int
         Rows.
     stream : int
@@ -123,9 +134,14 @@ def row_seeds(
     -------
     (count,) int64 Tensor
         For `normal`.
+
+    Raises
+    ------
+    TypeError
+        If the seed is no integer.
     """
     place = torch.arange(first, first + count, device=device)
-    key = torch.full_like(place, (seed + 2**63) % 2**64 - 2**63)
+    key = torch.full_like(place, (as_seed(seed) + 2**63) % 2**64 - 2**63)
     # The third word keeps these counters apart from those of `normal`, where it is 0.
     low, high, *_ = _philox((place & _WORD, (place >> 32) & _WORD, 1, stream), key)
     return low | (high << 32)

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ from torch import Tensor
 
 from couplings._files import check_target, locked, written_atomically
 from couplings.coupling import Condition, Coupled, Coupling
-from couplings.inputs import Array
-from couplings.noise import STREAMS, normal, row_seeds
+from couplings.inputs import Array, as_tensor
+from couplings.noise import STREAMS, as_seed, normal, row_seeds
 
 __all__ = ["Drawn", "Pairs"]
 
@@ -90,7 +90,7 @@ class Pairs:
         self._attach(file)
 
     @classmethod
-    def open(cls, path: str | Path, *, rows: int, seeds: int, seed: int = 0) -> Pairs:
+    def open(cls, path: str | Path, *, rows: int, seeds: int, seed: SupportsIndex = 0) -> Pairs:
         """Open a file of pairs; make it if there is none.
 
         Parameters
@@ -107,6 +107,8 @@ class Pairs:
         ------
         ValueError
             If the file is damaged, or was made with other numbers.
+        TypeError
+            If the seed is no integer.
         BlockingIOError
             If another process, or another `Pairs`, has it open.
 
@@ -114,15 +116,16 @@ class Pairs:
         -----
         ``8 N C`` bytes on disk and a journal of 16 for each row of the largest batch. Opening reads all seeds once.
         """
-        target = Path(path)
+        target, seed = Path(path), as_seed(seed)
         for name, value in (("rows", rows), ("seeds", seeds)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 msg = f"{name}= must be an integer of at least 1, got {value!r}."
                 raise ValueError(msg)
         about = {"format": _FORMAT, "rows": rows, "seeds": seeds, "seed": seed}
         if not target.exists():
-            check_target(target, force=False)
-            _write(target, about, _all_seeds(seed, rows, seeds))
+            with suppress(FileExistsError):  # another process has made it meanwhile
+                check_target(target, force=False)
+                _write(target, about, _all_seeds(seed, rows, seeds), force=False)
         file = _opened(target)
         try:
             _check_header(target, file, about)
@@ -143,6 +146,7 @@ class Pairs:
         generator : torch.Generator, optional
             On the CPU. Without one, what is drawn is a function of the file's seed and of how often it was written to.
         """
+        self._check_open()
         index = torch.as_tensor(rows).detach().cpu()
         if index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
             msg = f"rows must be integers, the numbers of the data rows, got {index.dtype}."
@@ -181,6 +185,7 @@ class Pairs:
         OSError
             If the disk is full; the file is left as it is.
         """
+        self._check_open()
         new = torch.as_tensor(seeds).detach().cpu().long().numpy()
         old, at = drawn.seeds.numpy(), self._positions(drawn.rows, drawn.slots)
         if new.shape != old.shape or not np.array_equal(np.sort(new), np.sort(old)):
@@ -224,6 +229,11 @@ class Pairs:
         -------
         Coupled
             Its noise is what was drawn for the batch, permuted.
+
+        Raises
+        ------
+        TypeError
+            If the data is no tensor or array, or not floating.
         """
         chosen = Coupling() if coupling is None else coupling
         if chosen.scope != "local" or chosen._method.info.marginal != "permutation":
@@ -232,7 +242,7 @@ class Pairs:
                 f"method of marginal 'permutation', got {chosen!r}."
             )
             raise ValueError(msg)
-        like = torch.from_numpy(data[:0]) if isinstance(data, np.ndarray) else data
+        like = as_tensor(data, "data")
         drawn = self.draw(rows, generator)
         if len(drawn.rows) != len(data):
             msg = f"rows must number each row of the data, got {len(drawn.rows)} and {len(data)}."
@@ -246,6 +256,7 @@ class Pairs:
 
     def flush(self) -> None:
         """Wait until all that was written is on disk."""
+        self._check_open()
         self._memory.flush()
 
     def close(self) -> None:
@@ -255,9 +266,10 @@ class Pairs:
             self._file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all seeds, ``(N, C)`` int64, and how often they were written to: what a checkpoint needs."""
+        """Give all seeds, ``(N, C)`` int64, how often they were written to, and ``seed=``: what a checkpoint needs."""
+        self._check_open()
         seeds = torch.from_numpy(self._stored.copy()).view(self.rows, self.seeds)
-        return {"seeds": seeds, "number": int(self._head[_NUMBER])}
+        return {"seeds": seeds, "number": int(self._head[_NUMBER]), "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state; the file is replaced at once or not at all.
@@ -265,16 +277,20 @@ class Pairs:
         Raises
         ------
         ValueError
-            If the state is of another file.
+            If the state is of pairs with other numbers, or damaged.
+        BlockingIOError
+            If another process takes the file at this moment; the pairs are then closed.
         """
-        seeds = state["seeds"].numpy().reshape(-1)
-        self._check(seeds, "the state")
+        self._check_open()
+        seeds = torch.as_tensor(state["seeds"]).detach().cpu().numpy()
+        self._check_state(seeds, state.get("seed"))
         about = {"format": _FORMAT, "rows": self.rows, "seeds": self.seeds, "seed": self._seed}
-        _write(self.path, about, seeds, number=state["number"])
+        _write(self.path, about, seeds, number=state["number"], force=True)
         self.close()
         self._attach(_opened(self.path))
 
     def __enter__(self) -> Pairs:
+        self._check_open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -311,23 +327,50 @@ class Pairs:
     def _positions(self, rows: Tensor, slots: Tensor) -> Any:
         return (rows * self.seeds + slots).numpy()
 
-    def _check_seeds(self) -> None:
-        self._check(self._stored, str(self.path))
-
-    def _check(self, seeds: Any, name: str) -> None:
-        """Check that each seed is there once."""
-        if not np.array_equal(np.sort(seeds), np.sort(_all_seeds(self._seed, self.rows, self.seeds))):
-            msg = f"{name} is damaged: it does not hold every seed once. Remove the file to begin with new pairs."
+    def _check_open(self) -> None:
+        if self._file.closed:
+            msg = (
+                f"the pairs are closed. Type: Pairs.open({str(self.path)!r}, rows={self.rows}, seeds={self.seeds}, ...)"
+            )
             raise ValueError(msg)
+
+    def _check_seeds(self) -> None:
+        if not self._has_every(self._stored):
+            msg = f"{self.path} is damaged: it does not hold every seed once. Remove the file to begin with new pairs."
+            raise ValueError(msg)
+
+    def _check_state(self, seeds: Any, seed: int | None) -> None:
+        """Check that a state is of pairs with the numbers of these; older states do not tell their seed."""
+        if seeds.ndim != 2:
+            msg = f"the seeds of a state must have shape (rows, seeds), got {seeds.shape}."
+            raise ValueError(msg)
+        own = {"rows": self.rows, "seeds": self.seeds, "seed": self._seed}
+        told = dict(zip(own, (*seeds.shape, self._seed if seed is None else seed), strict=True))
+        if told != own:
+            differing = [name for name in own if told[name] != own[name]]
+            theirs, ours = (", ".join(f"{name}={each[name]}" for name in differing) for each in (told, own))
+            msg = (
+                f"the state is of pairs with {theirs}, but {self.path} was made with {ours}. "
+                f"Load it into another file: Pairs.open(..., {theirs})"
+            )
+            raise ValueError(msg)
+        if not self._has_every(seeds):
+            other = "it is damaged" if seed is not None else "it is of pairs with another seed=, or damaged"
+            msg = f"the state does not hold every seed of {self.path} (seed={self._seed}) once: {other}."
+            raise ValueError(msg)
+
+    def _has_every(self, seeds: Any) -> bool:
+        """Whether each seed is there once."""
+        return np.array_equal(np.sort(seeds, None), np.sort(_all_seeds(self._seed, self.rows, self.seeds)))
 
 
 def _all_seeds(seed: int, rows: int, seeds: int) -> Any:
     return row_seeds(seed, 0, rows * seeds, stream=STREAMS["persistent"]).numpy()
 
 
-def _write(path: Path, about: dict[str, int], seeds: Any, *, number: int = 0) -> None:
+def _write(path: Path, about: dict[str, int], seeds: Any, *, number: int = 0, force: bool) -> None:
     header = b"couplings.persistent " + json.dumps(about).encode() + b"\n"
-    with written_atomically(path, force=True) as file:
+    with written_atomically(path, force=force) as file:
         file.write(header.ljust(_HEADER, b"\0"))
         file.write(seeds.tobytes())
         head = np.array([number, 0, 0])
@@ -341,12 +384,16 @@ def _size(about: dict[str, int]) -> int:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    file = path.open("r+b")
-    if not locked(file):
+    while True:
+        file = path.open("r+b")
+        if not locked(file):
+            file.close()
+            msg = f"{path} is open in another process or another Pairs; each process needs a file of its own."
+            raise BlockingIOError(msg)
+        # Whoever had it locked may have put another in its place meanwhile: a lock on the old one keeps nobody out.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
         file.close()
-        msg = f"{path} is open in another process or another Pairs; each process needs a file of its own."
-        raise BlockingIOError(msg)
-    return file
 
 
 def _check_header(path: Path, file: IO[bytes], about: dict[str, int]) -> None:
@@ -354,7 +401,7 @@ def _check_header(path: Path, file: IO[bytes], about: dict[str, int]) -> None:
     name, _, described = file.read(_HEADER).partition(b"\n")[0].partition(b" ")
     with suppress(ValueError):
         held = json.loads(described)
-    if name != b"couplings.persistent" or held.keys() != about.keys() or path.stat().st_size != _size(held):
+    if name != b"couplings.persistent" or held.keys() != about.keys() or os.fstat(file.fileno()).st_size != _size(held):
         msg = f"{path} is no file of pairs, or it is damaged. Choose another name, or remove it to begin anew."
         raise ValueError(msg)
     for key, value in about.items():

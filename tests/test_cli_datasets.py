@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,8 +85,12 @@ def test_fit_takes_every_choice_that_the_library_takes(capsys, folder, rows):
         ("fit rows.npy -o plan --classes rows.npy", "must be integers"),
         ("fit rows.npy -o plan --tolerance 0", "tolerance= must be above 0"),
         ("fit rows.npy -o plan --steps 0", "--steps"),
-        ("fit rows.npy -o plan --device nowhere", "nowhere"),
+        (
+            "fit rows.npy -o plan --device nowhere",
+            "--device nowhere: no device is called that. Try cpu, cuda or cuda:1.",
+        ),
         ("fit rows.npy -o plan --checkpoint taken", "is no checkpoint"),
+        ("fit rows.npy -o plan --checkpoint .", "this is a folder"),
         ("fit rows.npy", "output"),
         ("quality taken rows.npy", "is no plan"),
         ("quality missing rows.npy", "no such file"),
@@ -104,6 +109,16 @@ def test_bad_input_is_one_line_on_stderr_and_nothing_written(capsys, folder, row
     assert message in complained
     assert complained.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder where nobody can write")
+@pytest.mark.parametrize("argv", ["-o /sys/p.safetensors", "-o plan --checkpoint /sys/p.safetensors"])
+def test_fit_refuses_what_cannot_be_written_before_it_begins(capsys, folder, monkeypatch, argv):
+    monkeypatch.setattr("couplings.semidiscrete.fit", lambda *_, **__: pytest.fail("it began"))
+    code, said, complained = run(capsys, "fit rows.npy", argv)
+    assert (code, said) == (2, "")
+    assert complained.endswith("'/sys/p.safetensors'\n")
+    assert ".part" not in complained
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,13 @@ def test_derived_seeds_are_distinct_and_do_not_depend_on_the_split():
     assert torch.equal(torch.cat([row_seeds(7, 0, 123), row_seeds(7, 123, 4877)]), seeds)
     others = [row_seeds(8, 0, 5000), row_seeds(7, 0, 5000, stream=1), row_seeds(-7, 0, 5000), row_seeds(7, 2**40, 5000)]
     assert len(torch.cat([seeds, *others]).unique()) == 25000
+
+
+def test_any_integer_is_a_seed_and_nothing_else():
+    assert torch.equal(row_seeds(np.int64(-3), 0, 5), row_seeds(-3, 0, 5))
+    for seed in (1.5, "a", None):
+        with pytest.raises(TypeError, match="seed= must be an integer, got"):
+            row_seeds(seed, 0, 5)
 
 
 def test_global_random_state_is_left_alone():

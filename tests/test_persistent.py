@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from couplings import Coupling
+from couplings import Coupling, persistent
 from couplings.noise import normal
 from couplings.persistent import Pairs
 
@@ -281,12 +281,134 @@ def test_wrong_numbers_are_refused(path, options):
     assert not path.exists()
 
 
-def test_a_state_of_another_file_is_refused(tmp_path):
-    with opened(tmp_path / "a") as pairs, opened(tmp_path / "b", seed=1) as other:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, r"with seed=1, but .*a was made with seed=0.*Pairs.open\(..., seed=1\)"),
+        ({"rows": 3, "seeds": 60}, r"with rows=3, seeds=60, but .*a was made with rows=60, seeds=3"),
+    ],
+)
+def test_a_state_of_another_file_is_refused(tmp_path, options, message):
+    with opened(tmp_path / "a") as pairs, opened(tmp_path / "b", **options) as other:
         before = held(pairs)
-        with pytest.raises(ValueError, match="does not hold every seed once"):
+        with pytest.raises(ValueError, match=message):
             pairs.load_state_dict(other.state_dict())
         assert torch.equal(held(pairs), before)
+
+
+def test_a_state_without_its_seed_is_taken_or_refused(tmp_path):
+    with opened(tmp_path / "a") as pairs, opened(tmp_path / "b", seed=1) as other:
+        pairs.load_state_dict({"seeds": held(pairs).flip(0), "number": 0})
+        with pytest.raises(ValueError, match="with another seed=, or damaged"):
+            pairs.load_state_dict({"seeds": held(other), "number": 0})
+        with pytest.raises(ValueError, match="once: it is damaged"):
+            pairs.load_state_dict({**pairs.state_dict(), "seeds": held(pairs)[:1].expand(ROWS, SEEDS)})
+
+
+def test_two_that_make_a_file_at_once_get_one_file(path, data, monkeypatch):
+    """The second makes it, and works in it, while the first is about to."""
+    original, second = persistent._all_seeds, []
+
+    def interrupted(*args):
+        monkeypatch.undo()
+        second.append(opened(path))
+        return original(*args)
+
+    monkeypatch.setattr(persistent, "_all_seeds", interrupted)
+    with pytest.raises(BlockingIOError, match="a file of its own"):
+        opened(path)
+    with second[0] as pairs:
+        pairs.couple(data[:16], torch.arange(16))
+        seeds = held(pairs)
+    with opened(path) as pairs:
+        assert torch.equal(held(pairs), seeds)
+    assert list(path.parent.iterdir()) == [path]
+
+
+RACE = """
+import sys
+from couplings.persistent import Pairs
+
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    pairs = Pairs.open(sys.argv[1], rows=20000, seeds=8)
+except BlockingIOError:
+    print("refused", flush=True)
+else:
+    print("opened", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_of_two_processes_that_make_a_file_one_is_refused(path):
+    command = [sys.executable, "-c", RACE, str(path)]
+    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
+    for racer in racers:
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    assert sorted(racer.stdout.readline() for racer in racers) == ["opened\n", "refused\n"]
+    for racer in racers:
+        racer.communicate("\n")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_was_replaced_before_it_was_locked_is_opened_anew(path, monkeypatch):
+    with opened(path) as pairs:
+        state = pairs.state_dict()
+    original = persistent.locked
+
+    def late(file):
+        monkeypatch.undo()
+        with opened(path) as other:
+            other.load_state_dict({**state, "seeds": state["seeds"].flip(0)})
+        return original(file)
+
+    monkeypatch.setattr(persistent, "locked", late)
+    with opened(path) as pairs:
+        assert torch.equal(held(pairs), state["seeds"].flip(0))
+        with pytest.raises(BlockingIOError, match="a file of its own"):
+            opened(path)
+
+
+def test_closed_pairs_say_so(path, data):
+    pairs = opened(path)
+    step, state = pairs.draw(torch.arange(4)), pairs.state_dict()
+    pairs.close()
+    pairs.close()
+    for use in (
+        lambda: pairs.couple(data, torch.arange(ROWS)),
+        lambda: pairs.draw(torch.arange(4)),
+        lambda: pairs.keep(step, step.seeds),
+        lambda: pairs.load_state_dict(state),
+        pairs.__enter__,
+        pairs.flush,
+        pairs.state_dict,
+    ):
+        with pytest.raises(ValueError, match=r"the pairs are closed. Type: Pairs.open\('.*pairs.bin', rows=60"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.uint8), r"data must be floating .*, got torch.uint8. Scale images first"),
+        (np.zeros((2, 3), np.uint8), r"data must be floating .*, got uint8. Scale images first"),
+        ([[0.0], [1.0]], "data must be a torch tensor or a NumPy array, got list"),
+    ],
+)
+def test_data_that_cannot_be_coupled_is_refused(path, data, message):
+    with opened(path) as pairs, pytest.raises(TypeError, match=message):
+        pairs.couple(data, torch.arange(2))
+
+
+def test_any_integer_is_a_seed(path):
+    opened(path, seed=np.int64(3)).close()
+    opened(path, seed=3).close()
+    for seed in ("a", 1.5, None):
+        with pytest.raises(TypeError, match="seed= must be an integer, got"):
+            opened(path, seed=seed)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(path, data, monkeypatch):

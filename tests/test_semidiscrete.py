@@ -509,6 +509,27 @@ def test_a_checkpoint_is_no_plan(images, tmp_path):
         Semidiscrete.load(tmp_path / "c")
 
 
+def test_places_where_nothing_can_be_written_are_named_as_given(images, tmp_path, monkeypatch):
+    missing = tmp_path / "missing" / "file"
+    plan = fit(images, steps=1)
+    with pytest.raises(FileNotFoundError, match=r"missing/file: the folder .*missing does not exist"):
+        plan.save(missing)
+    with pytest.raises(IsADirectoryError, match="this is a folder"):
+        Semidiscrete.load(tmp_path)
+    monkeypatch.setattr(semidiscrete.plan, "ascend", lambda *_, **__: pytest.fail("it began"))
+    with pytest.raises(FileNotFoundError, match=r"missing/file: the folder .*missing does not exist"):
+        fit(images, steps=1, checkpoint=missing)
+    with pytest.raises(IsADirectoryError, match="this is a folder"):
+        fit(images, steps=1, checkpoint=tmp_path)
+
+
+def test_seeds_of_numpy_go_into_checkpoints(images, tmp_path):
+    fit(images, steps=1, seed=np.int64(3), checkpoint=tmp_path / "c")
+    fit(images, steps=1, seed=3, checkpoint=tmp_path / "c")
+    with pytest.raises(TypeError, match="seed= must be an integer"):
+        fit(images, steps=1, seed=1.5)
+
+
 @pytest.mark.parametrize("classes", [None, torch.arange(300) % 2])
 def test_resuming_equals_never_stopping(images, tmp_path, classes, monkeypatch):
     options = {"classes": classes, "tolerance": 1e-6, "batch_size": 64}

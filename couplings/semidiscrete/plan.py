@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from couplings._files import check_target
 from couplings.inputs import Array
 from couplings.semidiscrete import storage
 from couplings.semidiscrete.ascent import State, ascend, start
@@ -384,6 +385,8 @@ def fit(
         _check_options(batch_size, steps, tolerance)
         if checkpoint is not None:
             storage.require()
+            if ranks is None or ranks.rank == 0:
+                check_target(Path(checkpoint), force=True)
         labels = None if classes is None else check_classes(classes, len(data))
         return labels, _parts_of(data, labels, device, mirrored)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, An
     about = {"kind": kind, "format": _FORMAT, **about}
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry: safetensors writes several in an order that differs from run to run.
-    described = json.dumps({**about, "checksum": _checksum(about, held)})
+    described = _json({**about, "checksum": _checksum(about, held)})
     with written_atomically(path, force=True) as file:
         file.write(save(held, {"couplings.semidiscrete": described}))
 
@@ -45,12 +46,17 @@ def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tenso
     ------
     FileNotFoundError
         If there is no such file.
+    IsADirectoryError
+        If it is a folder.
     ValueError
         If it is damaged, of another kind, or lacks one of `names`.
     """
     require()
     from safetensors import safe_open
 
+    if path.is_dir():
+        msg = f"{path}: this is a folder; name a file in it."
+        raise IsADirectoryError(msg)
     if not path.is_file():
         msg = f"{path}: no such file."
         raise FileNotFoundError(msg)
@@ -71,8 +77,12 @@ def read(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tenso
     return tensors, about
 
 
+def _json(about: dict[str, Any]) -> str:
+    return json.dumps(about, default=operator.index)  # integers of NumPy too
+
+
 def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    digest = hashlib.blake2b(_json(about).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())

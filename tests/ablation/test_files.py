@@ -136,6 +136,32 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_writers_of_a_new_file_meet_at_the_last_moment(tmp_path, monkeypatch):
+    """Another makes it after it was looked for."""
+    out = tmp_path / "out.pt"
+    link = os.link
+
+    def late(source, target):
+        out.write_bytes(b"theirs")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(FileExistsError, match=r"out\.pt'$"), written_atomically(out, force=False) as file:
+        file.write(b"mine")
+    assert out.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_file_systems_without_hard_links(tmp_path, monkeypatch):
+    def refused(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with written_atomically(tmp_path / "out", force=False) as file:
+        file.write(b"mine")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
 def test_what_a_killed_writer_left_is_removed_and_what_another_writes_is_not(tmp_path):
     out = tmp_path / "out[1].npy"
     remains = tmp_path / ".out[1].npy.0badcafe.part"
