@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from couplings.noise import STREAMS, normal, row_seeds
+from couplings.noise import STREAMS, as_seed, normal, row_seeds
 from couplings.semidiscrete.rows import rows_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class PairLoader:
         self._device = plan.parts[0].rows.device  # refused without data
         self.plan, self.batch_size = plan, batch_size
         self.dataset: Any = _Mirrored(dataset, mirror or _flipped) if plan.mirrored else dataset
-        self.seed, self.balanced, self._options = seed, balanced, options
+        self.seed, self.balanced, self._options = as_seed(seed), balanced, options
         self.epoch, self.moved = 0, None if balanced else 0
         self._handed = 0
 
