@@ -210,6 +210,17 @@ def test_rows_of_float64_may_differ_by_less_than_float32_holds(shape):
     assert (plan.assign(noise) == same.assign(noise)).double().mean() > 0.98
 
 
+def test_equal_rows_are_found_across_chunks(monkeypatch):
+    short = drawn(300, 4).double()  # as float32 holds it
+    data = torch.cat([short, drawn(300, 4).double() / 3.0, short[:1]])
+    monkeypatch.setattr("couplings.semidiscrete.rows._CHUNK_VALUES", 256 * 4)
+    chunked = Rows(data)
+    monkeypatch.undo()
+    assert chunked.copies.first[-1] == 0
+    assert chunked.fingerprint == Rows(data).fingerprint
+    assert Rows(short).fingerprint == Rows(short.float()).fingerprint
+
+
 def test_one_row_gets_all_noise():
     plan = fit(drawn(1, 5))
     assert plan.chi2 == 0.0

@@ -106,10 +106,13 @@ class Rows:
         slice, (c, d) Tensor
             Of `dtype`, less the mean where it is large enough to cost precision.
         """
+        for where in self._slices(first, last):
+            yield where, self._centred(self._read(where))
+
+    def _slices(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
         last = self.count if last is None else last
         for start in range(first, last, self.chunk):
-            where = slice(start, min(start + self.chunk, last))
-            yield where, self._centred(self._read(where))
+            yield slice(start, min(start + self.chunk, last))
 
     def take(self, index: Tensor) -> Tensor:
         """Read some rows; ``(n, d)``, as they are for `chunks`."""
@@ -147,8 +150,7 @@ class Rows:
         if size > _FREE_MEMORY * torch.cuda.mem_get_info(self.device)[0]:
             return
         held = None
-        for start in range(0, self.count, self.chunk):
-            where = slice(start, min(start + self.chunk, self.count))
+        for where in self._slices():
             rows = self._stored(where)
             if held is None:
                 held = torch.empty(self.count, self.dim, dtype=rows.dtype, device=self.device)
@@ -182,8 +184,7 @@ class Rows:
         total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         hashes: list[Tensor] = []
         flipped: list[Tensor] = []
-        for start in range(0, self.count, self.chunk):
-            where = slice(start, min(start + self.chunk, self.count))
+        for where in self._slices():
             rows = self._read(where)
             sums = rows.sum(0, dtype=torch.float64)
             if not bool(torch.isfinite(sums).all()):
@@ -232,7 +233,7 @@ def _bits(rows: Tensor) -> Tensor:
     """Give float32 rows that differ wherever the rows do; float64 is the sum of two or more, of which two are kept."""
     high = rows.float()
     if rows.dtype is not torch.float64 or bool((high == rows).all()):
-        return high
+        return high  # zeros after it would not change its hash
     return torch.cat([high, (rows - high).float()], 1)
 
 
