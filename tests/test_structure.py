@@ -116,5 +116,5 @@ def test_the_library_imports_neither_trainers_nor_benchmarks():
 
 def test_every_file_of_tests_has_a_name_of_its_own():
     """So that all of them can be collected at once: `pytest -m gpu` runs those of library and trainers."""
-    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
     assert sorted(names) == sorted(set(names))
