@@ -75,14 +75,17 @@ class Study(ABC):
             objective.to(device)
 
     def mixed(self, data: Tensor, noise: Tensor, draws: Draws) -> Any:
-        """Let every objective mix the same pairs, and concatenate what they give."""
+        """Let every objective mix the same pairs, a batch for each seed, and concatenate what they give."""
         parts = [objective.mix(data, noise, draws) for objective in self.objectives.values()]
         fields = [field.name for field in dataclasses.fields(parts[0]) if getattr(parts[0], field.name) is not None]
         return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
 
+    def begin(self, weights: Tensor) -> None:  # noqa: B027
+        """Take what follows the networks from their first weights."""
+
     @abstractmethod
-    def losses(self, stack: Stack, data: Tensor, noise: Tensor, draws: Draws) -> Tensor:
-        """Return the loss of every row of every network; `data` holds a batch for each seed."""
+    def losses(self, stack: Stack, mixed: Any) -> Tensor:
+        """Return the loss of every row of every network, of what was mixed for all."""
 
     def after_step(self, stack: Stack, steps: int) -> None:  # noqa: B027
         """Follow the networks after so many steps."""
@@ -113,9 +116,8 @@ class Pools(Study):
     steps = (1, 2, 3, 5, 10, 20, 50)
     training = ("--train.steps", "1500", "--train.checkpoint_every", "1500", "--evaluate.samples", "2000")
 
-    def losses(self, stack: Stack, data: Tensor, noise: Tensor, draws: Draws) -> Tensor:
+    def losses(self, stack: Stack, mixed: Any) -> Tensor:
         """Return squared errors."""
-        mixed = self.mixed(data, noise, draws)
         prediction = stack(mixed.inputs, mixed.timesteps).sample
         return (prediction - mixed.target).square().flatten(1).mean(1)
 
@@ -215,11 +217,12 @@ class Consistency(Study):
             self.objectives["ict-weights"] = Alike(plain.config, plain.shape)
         self._first, *_ = self.objectives.values()
 
-    def losses(self, stack: Stack, data: Tensor, noise: Tensor, draws: Draws) -> Tensor:
+    def begin(self, weights: Tensor) -> None:
+        """Copy the weights: the target's first."""
+        self.target = weights.clone()
+
+    def losses(self, stack: Stack, mixed: Any) -> Tensor:
         """Return weighted distances of predictions at neighbouring levels."""
-        if self.target is None:
-            self.target = stack.values.detach().clone()
-        mixed = self.mixed(data, noise, draws)
         with torch.no_grad():
             target = self._first.denoise(stack.holding(self.target), mixed.cleaner, mixed.sigma_cleaner)
         prediction = self._first.denoise(stack, mixed.noisier, mixed.sigma_noisier)

@@ -25,7 +25,7 @@ from integrations.sections import Data
 from ..record import append, environment, read
 from ..training import VERSIONS, settings
 from . import pairs
-from .networks import Stack
+from .networks import Replayed, Stack
 from .studies import STUDIES, Study
 
 SAVE_EVERY = 120  # seconds
@@ -219,20 +219,31 @@ class Trainer:
         self.rate = build_schedule(recipe, self.optimizer)
         self.steps = 0
         self.distance = torch.zeros(len(seeds), device=device)  # of the pairs of each seed, added up over the steps
+        study.begin(self.average)
+        self._gradient = self.gradient
+        if device.type == "cuda":
+            shape = len(seeds) * self.recipe.train.global_batch_size, *next(iter(study.objectives.values())).shape
+            self._gradient = Replayed(self.gradient, self.mixed(*torch.randn(2, *shape, device=device)))
+
+    def mixed(self, data: Tensor, noise: Tensor) -> Any:
+        """Mix a batch for each seed, for the next step."""
+        return self.study.mixed(data, noise, Draws(0, self.steps, 0, 1, self.device))
+
+    def gradient(self, mixed: Any) -> Tensor:
+        """Return the gradient of each network's loss by its weights."""
+        losses = self.study.losses(self.stack, mixed).view(len(self.stack), -1)
+        return torch.autograd.grad(losses.mean(1).sum(), self.weights)[0]
 
     def step(self, data: Tensor, noise: Tensor) -> None:
         """Train on a batch for each seed."""
-        draws = Draws(0, self.steps, 0, 1, self.device)
-        losses = self.study.losses(self.stack, data, noise, draws)
         self.distance += (data - noise).square().flatten(1).sum(1).view(len(self.seeds), -1).mean(1)
-        losses.view(len(self.stack), -1).mean(1).sum().backward()
+        self.weights.grad = self._gradient(self.mixed(data, noise))
         if self.recipe.optimizer.clip is not None:
             norms = self.weights.grad.norm(dim=1, keepdim=True)
             self.weights.grad.mul_((self.recipe.optimizer.clip / (norms + 1e-6)).clamp(max=1))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.steps)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.steps += 1
         decay, ramp = self.recipe.train.ema_decay, (1 + self.steps) / (10 + self.steps)
         self.average.lerp_(self.weights.detach(), 1 - (min(decay, ramp) if self.recipe.train.ema_ramp else decay))
@@ -249,7 +260,8 @@ class Trainer:
         with torch.no_grad():
             self.weights.copy_(state["weights"])
         self.average, self.distance, self.steps = state["average"], state["distance"], state["steps"]
-        self.study.target = state["target"]
+        if self.study.target is not None:
+            self.study.target.copy_(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()

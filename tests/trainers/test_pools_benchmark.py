@@ -290,6 +290,24 @@ def test_every_task_runs_on_a_gpu(study, pairing, tmp_path):
     assert all(record["environment"]["device"] != "cpu" for record in read(tmp_path / "records.jsonl"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("study", [Pools, Consistency])
+def test_steps_by_one_launch_are_the_same(study, digits):
+    device, weights = torch.device("cuda"), []
+    x, z = torch.rand(3, 2 * 16, 1, 8, 8, device=device), torch.randn(3, 2 * 16, 1, 8, 8, device=device)
+    for launches in ("one", "many"):
+        trained = study(digits, "batch", FURTHER)
+        trained.to(device)
+        trainer = train.Trainer(trained, (0, 1), device)
+        if launches == "many":
+            trainer._gradient = trainer.gradient
+        for batch in zip(x, z, strict=True):
+            trainer.step(*batch)
+        weights.append(trainer.weights.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+
+
 def test_consistency_is_sampled_with_fresh_and_with_repeated_noise(tmp_path):
     Classifier(1, 10).save(tmp_path / "classifier.safetensors", 0.1)
     records = tmp_path / "consistency.jsonl"
