@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from couplings import couple
 from integrations import config
 from integrations.build import build_objective
 from integrations.consistency import ConsistencyObjective, Levels, target_decay
@@ -239,10 +240,14 @@ class Consistency(Study):
             decay = target_decay(objective.config, steps - 1) if objective.config.variant == "ct" else 0.0
             ours.lerp_(theirs.detach(), 1.0 - decay)
 
+    def added(self, stack: Stack, samples: Tensor, noise: Tensor, fresh: Tensor) -> dict[str, Tensor]:
+        """Return what is added to samples between two steps: fresh noise, or again that which they began with."""
+        return {"fresh": fresh, "repeated": noise}
+
     def samples(
         self, name: str, stack: Stack, noise: Tensor, fresh: Tensor, pair: Pair
     ) -> Iterator[tuple[str, Tensor]]:
-        """Sample in one step, and in two with fresh noise or with that of the first step again; denoise data."""
+        """Sample in one step, and in two with noise that is added between them; denoise data."""
         objective = self.objectives[name]
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -252,11 +257,29 @@ class Consistency(Study):
         first = denoise(sigma_max * noise, sigma_max)
         yield "1", first
         for sigma in self.between:
-            for title, added in (("fresh", fresh), ("repeated", noise)):
+            for title, added in self.added(stack, first, noise, fresh).items():
                 yield f"2, {title} at {sigma}", denoise(first + math.sqrt(sigma**2 - sigma_min**2) * added, sigma)
         data, paired = pair
         for sigma in self.shown:
             yield f"data at {sigma}", denoise(data + sigma * paired, sigma)
 
 
-STUDIES = {study.name: study for study in (Pools, Longer, Begun, Noisier, Consistency)}
+class Renoised(Consistency):
+    """Published consistency training, to see which noise a sample needs between two steps, and at which level."""
+
+    name = "renoised"
+    variants = {"ct": Consistency.variants["ct"]}  # noqa: RUF012
+    pairings = dict.fromkeys(("independent", "semidiscrete", "batch"), tuple(variants))
+    training = ("--train.checkpoint_every", "3000", "--evaluate.samples", "2000")
+    between = (10, 5, 2.5, 0.8)
+    shown = ()
+
+    def added(self, stack: Stack, samples: Tensor, noise: Tensor, fresh: Tensor) -> dict[str, Tensor]:
+        """Return also fresh noise that is coupled with each network's samples, as with data in training."""
+        rows = len(samples) // len(stack)
+        batches = zip(samples.split(rows), fresh.split(rows), strict=True)
+        coupled = torch.cat([couple(*batch).noise for batch in batches])
+        return super().added(stack, samples, noise, fresh) | {"coupled": coupled}
+
+
+STUDIES = {study.name: study for study in (Pools, Longer, Begun, Noisier, Consistency, Renoised)}

@@ -9,7 +9,7 @@ import torch
 from benchmarks import pools_tables
 from benchmarks.pools import pairs, train
 from benchmarks.pools.networks import Stack
-from benchmarks.pools.studies import STUDIES, Begun, Consistency, Noisier, Pools
+from benchmarks.pools.studies import STUDIES, Begun, Consistency, Noisier, Pools, Renoised
 from benchmarks.record import read
 from couplings import couple
 from couplings.semidiscrete import Semidiscrete
@@ -224,6 +224,21 @@ def test_noisier_times_are_trained_three_times_as_often(digits):
     with torch.no_grad():
         ways = [way for way, _ in study.samples("flow-noisier", stack, z, z, (z, z))]
     assert ways == ["1", "5", "50", "dopri5"]
+
+
+def test_noise_between_steps_is_coupled_with_the_samples_of_each_network(digits):
+    study = Renoised(digits, "batch", FURTHER)
+    stack, shape = train.Trainer(study, (0, 1), torch.device("cpu")).stack, (2 * 40, 1, 8, 8)
+    first, noise, fresh = torch.rand(shape), torch.randn(shape), torch.randn(shape)
+    added = study.added(stack, first, noise, fresh)
+    assert added["fresh"] is fresh
+    assert added["repeated"] is noise
+    for x, z, coupled in zip(first.split(40), fresh.split(40), added["coupled"].split(40), strict=True):
+        assert torch.equal(coupled, couple(x, z).noise)
+        assert (x - coupled).square().sum() < (x - z).square().sum()
+    with torch.no_grad():
+        ways = [way for way, _ in study.samples("ct", stack, noise, fresh, (first, noise))]
+    assert ways == ["1", *(f"2, {kind} at {x}" for x in (10, 5, 2.5, 0.8) for kind in ("fresh", "repeated", "coupled"))]
 
 
 def test_what_begins_later_is_true_until_there(digits):
