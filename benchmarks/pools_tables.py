@@ -21,6 +21,7 @@ OBJECTIVES = {
     "image": "DDIM, image prediction",
     "ct": "as published",
     "ict": "improved",
+    "ict-steadier": "improved, steadier",
     "ict-levels": "improved, noisier levels",
     "ict-weights": "improved, all levels weighted alike",
 }

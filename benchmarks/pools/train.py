@@ -127,6 +127,8 @@ def run(task: Task) -> str:
     began = time.perf_counter() - spent
     for step in range(1, train.steps + 1):
         if task.deadline is not None and time.time() > task.deadline:
+            if trainer.steps:
+                kept.take(trainer, time.perf_counter() - began, now=True)
             return f"ended after {trainer.steps} steps: the time is over"
         parts = [next(stream) for stream in streams]
         if step <= passed:

@@ -1,7 +1,9 @@
 """The benchmark of pools: that each way of pairing trains on what it says, and what is on record afterwards."""
 
 import time
+from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,7 +184,15 @@ def test_a_run_is_on_record_once_and_ends_in_time(tmp_path, digits):
     late = train.Task("pools", "batch", (0, 5), "digits", "cpu", tmp_path, records, time.time() - 1, FURTHER)
     assert train.run(late) == "ended after 0 steps: the time is over"
     assert not records.exists()
-    assert train.run(task) == "3 steps"
+    clock = SimpleNamespace(time=iter([0, 0, 2]).__next__, perf_counter=time.perf_counter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "time", clock)
+        assert train.run(replace(task, deadline=1)) == "ended after 2 steps: the time is over"
+        step = train.Trainer.step
+        patch.setattr(train.Trainer, "step", lambda self, *pair: (further.append(1), step(self, *pair)))
+        further, clock.time = [], time.time
+        assert train.run(task) == "3 steps"
+    assert len(further) == 1
     found = read(records)
     assert [(r["step"], r["objective"], r["seed"]) for r in found] == [
         (step, name, seed) for step in (2, 3) for name in ("flow", "v", "image") for seed in (0, 5)
