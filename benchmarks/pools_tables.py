@@ -190,6 +190,22 @@ def longer_table(results: Results) -> str:
     return markdown(["sampling steps", "noise", *(f"{step:,}" for step in results.steps)], rows)
 
 
+def renoised_table(results: Results) -> str:
+    """Lay out samples in two steps: by what was added between them, and at which level."""
+    one, *two = results.ways
+    apart = {way: way.removeprefix("2, ").split(" at ") for way in two}
+    kinds, levels = (list(dict.fromkeys(parts)) for parts in zip(*apart.values(), strict=True))
+
+    def row(objective: str, pairing: str, kind: str) -> list[str]:
+        cells = [spread(results.at(objective, pairing, f"2, {kind} at {level}").dropna()) for level in levels]
+        first = kind == kinds[0]
+        alone = spread(results.at(objective, pairing, one).dropna())
+        return [PAIRINGS[pairing] if first else "", alone if first else "", kind, *cells]
+
+    rows = [row(*arm, kind) for arm in results.pairs() for kind in kinds]
+    return markdown(["noise", "one step", "added", *(f"two, level {level}" for level in levels)], rows)
+
+
 def pairs_table(results: Results) -> str:
     """Lay out how near the pairs were."""
     frame = pd.DataFrame(results.records)
@@ -237,7 +253,11 @@ TABLES: dict[str, Callable[[], str]] = {
         for name, make in _OF_A_STUDY.items()
     },
     **{study: partial(_table, study, longer_table) for study in ("longer", "noisier")},
-    **{f"{study}-place": partial(_table, study, _OF_A_STUDY["place"]) for study in ("longer", "noisier")},
+    **{study: partial(_table, study, renoised_table) for study in ("renoised", "steadier")},
+    **{
+        f"{study}-place": partial(_table, study, _OF_A_STUDY["place"])
+        for study in ("longer", "noisier", "renoised", "steadier")
+    },
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation_tables, pools_tables, solver_steps, solver_tables, tables, training_tables
+from benchmarks.published import tables as published
 from couplings.kernels.assignment.costs import CAP
 from couplings.kernels.assignment.tuning import TUNING
 
@@ -75,6 +76,16 @@ def pool(kind, way, listed="{}, {} and {}"):
     return listed.format(*(of_pool(kind, pairing, way) for pairing in ("batch", "window", "semidiscrete")))
 
 
+def told_by_noise(pairing):
+    cells = {}
+    for record in published.committed():
+        name, _, side = record["cell"].partition(" ")
+        if record["table"] == "class-from-noise" and name == pairing:
+            cells.setdefault(side, []).append(record["measured"]["balanced accuracy"])
+    means = [statistics.fmean(values) for values in cells.values()]
+    return " to ".join(dict.fromkeys(f"{x:.0f}%" for x in (min(means), max(means))))
+
+
 def explained(kind):
     return f"{training_tables.levels(training_tables.committed())[f'{kind}-coupled', 1.0].mean():.0%}"
 
@@ -137,6 +148,8 @@ def choosing():
         f"at n = 1024, the noise tells the class {told('auction', 'none'):.0f} standard deviations above chance",
         f"within them it is {told('auction', 'class'):.1f}, and {told('independent', 'none'):.1f} for random pairs",
         f"a reduction of {gain(1024, condition='class')} instead of {gain(1024)}",
+        f"the class of Fashion-MNIST in {told_by_noise('ot')} of the cases after pairing without labels",
+        f"and in {told_by_noise('c2ot')}, which is chance",
         f"at n = 1024 it pairs {mean('rows_changed', n=1024, quantize='fp16'):.1%} of the rows otherwise",
         "loses less than 0.0001 percentage points",
         f"pairs {rounded('fp8_e5m2', 3)}; `int8` {rounded('int8', 4)}",
@@ -233,11 +246,12 @@ def test_comparisons_in_prose_are_those_of_the_records():
     assert not longer.change("flow", "batch", "dopri5")[1]
     assert longer.change("flow", "semidiscrete", "dopri5")[0] > 0.1
     noisier = pools_tables.committed("noisier")
-    cells = [(way, step) for way in noisier.ways for step in (1500, 3000)]
-    changes = [noisier.change("flow-noisier", "semidiscrete", *cell) for cell in cells]
-    assert all(change < 0 and agreed for change, agreed in changes)
-    assert all(noisier.change("flow-noisier", "semidiscrete", "50", step)[0] < 0 for step in noisier.steps)
-    assert not noisier.change("flow-noisier", "semidiscrete", "dopri5")[1]
+    for pairing in ("batch", "semidiscrete"):
+        cells = [(way, step) for way in noisier.ways for step in (1500, 3000)]
+        changes = [noisier.change("flow-noisier", pairing, *cell) for cell in cells]
+        assert all(change < 0 and agreed for change, agreed in changes)
+        assert all(noisier.change("flow-noisier", pairing, "50", step)[0] < 0 for step in noisier.steps)
+        assert abs(noisier.change("flow-noisier", pairing, "dopri5")[0]) < 0.04
 
 
 def test_a_number_that_no_record_supports_is_found():

@@ -1,8 +1,9 @@
 """What the size of the pool does that noise is coupled in: ``python -m benchmarks.pools``.
 
 Study "pools": flow matching and DDIM, trained with noise that is paired within the batch, over several batches or with
-the whole dataset, and sampled with few and many steps. Study "longer": some of it over four times the training. Study
-"consistency": consistency training, published and improved. Each way of pairing is a process; all objectives and seeds
+the whole dataset, and sampled with few and many steps. Studies "longer", "noisier" and "begun": where flow matching
+loses. Study "consistency": consistency training, published and improved; "renoised" and "steadier": what its samples
+need between two steps, and whether the improved one settles. Each way of pairing is a process; all objectives and seeds
 of it are trained at once, on the same pairs. What is on record is skipped, and a process that was ended goes on.
 ``python -m benchmarks.tables`` makes tables and plots.
 """
