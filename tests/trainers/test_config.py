@@ -32,7 +32,7 @@ from integrations import config, coupling_section, demo, sections
         (["ddim-cifar10", "--model.channels", "[9, 9, 9, 9]"], "model.norm_groups: got 32, expected a divisor"),
         (["ddim-cifar10", "--model.attention", "[true]"], "model.attention: got .True., expected 4 values"),
         (["ddim-digits", "--data.subset_fraction", "0"], "data.subset_fraction: got 0.0"),
-        (["consistency-digits", "--objective.s0", "90"], "objective.s1: got 80, expected at least objective.s0 = 90"),
+        (["consistency-digits", "--objective.s0", "90"], "objective.s1: got 20, expected at least objective.s0 = 90"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name_value_and_expectation(arguments, message):

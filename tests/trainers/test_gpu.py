@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_loop import CT, UNET, assert_same_run, trace
+from test_loop import ICT, UNET, assert_same_run, trace
 from tiny_recipes import TINY, first_block, interrupted
 
 from couplings.ahead import _side_stream
@@ -63,7 +63,7 @@ def interrupt_and_resume(whole, recipe, resumed):
         ("flow-matching-digits", []),
         ("ddim-digits", ["--train.mixed_precision", "fp16"]),
         ("consistency-digits", []),
-        ("consistency-digits", CT),
+        ("consistency-digits", ICT),
         ("stable-diffusion-digits", []),
         ("stable-diffusion-digits", ["--train.mixed_precision", "bf16", "--coupling.window", "4"]),
     ],

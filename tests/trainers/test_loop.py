@@ -225,8 +225,8 @@ def test_an_operation_that_cannot_repeat_itself_says_what_to_type(make, monkeypa
         loop.train(make("ddim-digits", "--train.deterministic", "true"), progress=False)
 
 
-CT = ["--objective.variant", "ct", "--objective.loss", "l2"]
-INTERRUPTED = [*((name, []) for name in [*RECIPES, "class-conditional-digits"]), ("consistency-digits", CT)]
+ICT = ["--objective.variant", "ict", "--objective.loss", "pseudo_huber"]
+INTERRUPTED = [*((name, []) for name in [*RECIPES, "class-conditional-digits"]), ("consistency-digits", ICT)]
 
 
 @pytest.mark.parametrize(("name", "options"), INTERRUPTED)
@@ -238,7 +238,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(make, name, options):
     assert_same_run(whole, output, 6)
 
 
-@pytest.mark.parametrize(("name", "options"), [("flow-matching-digits", []), ("consistency-digits", CT)])
+@pytest.mark.parametrize(("name", "options"), [("flow-matching-digits", []), ("consistency-digits", ICT)])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, processes, name, options):
     options = [*options, "--train.steps", "24", "--train.checkpoint_every", "3", "--train.sample_every", "5"]
     whole = tiny(name, tmp_path / "whole", *options)
