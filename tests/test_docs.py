@@ -176,7 +176,7 @@ def choosing():
         f"epsilon prediction changes by {epsilon[0]} at 1 and {epsilon[1]} at 20 sampling steps",
         f"it is {digits(lambda record: record['coupling_ms'] / record['step_ms']):.0%} of a step of the digit models",
         "in one step, " + consistency("ct", "1", "{} within 128 rows, {} within 2,048 and {} from the whole dataset"),
-        f"2,000 training steps, {early.mean():.0f}, is nearly that of independent noise after 6,000, {late.mean():.0f}.",
+        f"2,000 training steps, {early.mean():.0f}, is nearly that of independent noise after 6,000, {late.mean():.0f}",
         "Two steps give the gain away: " + consistency("ct", "2, fresh at 2.5"),
         f"{renoised('independent')} without coupling, {renoised('batch')} within 128 rows",
         "and loses: " + consistency("ict", "1") + " in one step",
