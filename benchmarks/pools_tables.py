@@ -21,7 +21,6 @@ OBJECTIVES = {
     "image": "DDIM, image prediction",
     "ct": "as published",
     "ict": "improved",
-    "ict-steadier": "improved, steadier",
     "ict-levels": "improved, noisier levels",
     "ict-weights": "improved, all levels weighted alike",
 }
@@ -253,11 +252,8 @@ TABLES: dict[str, Callable[[], str]] = {
         for name, make in _OF_A_STUDY.items()
     },
     **{study: partial(_table, study, longer_table) for study in ("longer", "noisier")},
-    **{study: partial(_table, study, renoised_table) for study in ("renoised", "steadier")},
-    **{
-        f"{study}-place": partial(_table, study, _OF_A_STUDY["place"])
-        for study in ("longer", "noisier", "renoised", "steadier")
-    },
+    "renoised": partial(_table, "renoised", renoised_table),
+    **{f"{study}-place": partial(_table, study, _OF_A_STUDY["place"]) for study in ("longer", "noisier", "renoised")},
 }
 
 

@@ -2,9 +2,9 @@
 
 Study "pools": flow matching and DDIM, trained with noise that is paired within the batch, over several batches or with
 the whole dataset, and sampled with few and many steps. Studies "longer", "noisier" and "begun": where flow matching
-loses. Study "consistency": consistency training, published and improved; "renoised" and "steadier": what its samples
-need between two steps, and whether the improved one settles. Each way of pairing is a process; all objectives and seeds
-of it are trained at once, on the same pairs. What is on record is skipped, and a process that was ended goes on.
+loses. Study "consistency": consistency training, published and improved; "renoised": which noise its samples need
+between two steps. Each way of pairing is a process; all objectives and seeds of it are trained at once, on the same
+pairs. What is on record is skipped, and a process that was ended goes on.
 ``python -m benchmarks.tables`` makes tables and plots.
 """
 

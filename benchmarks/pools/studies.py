@@ -282,15 +282,4 @@ class Renoised(Consistency):
         return super().added(stack, samples, noise, fresh) | {"coupled": coupled}
 
 
-class Steadier(Renoised):
-    """Improved consistency training that settles: gradients are clipped, and levels no finer than 40 intervals."""
-
-    name = "steadier"
-    variants = {  # noqa: RUF012
-        "ict-steadier": ("consistency.yaml", *_overrides(s1="40"), "--optimizer.clip", "1.0"),
-    }
-    pairings = dict.fromkeys(Renoised.pairings, tuple(variants))
-    between = (5, 2.5)
-
-
-STUDIES = {study.name: study for study in (Pools, Longer, Begun, Noisier, Consistency, Renoised, Steadier)}
+STUDIES = {study.name: study for study in (Pools, Longer, Begun, Noisier, Consistency, Renoised)}
