@@ -293,7 +293,7 @@ def test_what_is_said_of_consistency_training_is_that_of_the_records():
         assert -0.22 < found.change("ict-weights", pairing, "1")[0] < -0.1
         assert abs(found.change("ict-levels", pairing, "1")[0]) < 0.08
     assert found.change("ct", "nearest-l2", "1")[0] > 0
-    for pairing in ("independent", "batch"):
+    for pairing in ("independent", "batch", "semidiscrete"):
         for level in ("10", "5", "2.5"):
             fresh, repeated, coupled = (
                 between.at("ct", pairing, f"2, {kind} at {level}").mean() for kind in ("fresh", "repeated", "coupled")
