@@ -199,7 +199,7 @@ class Consistency(ClassConditional):
     """Standard deviation of ln(sigma) over training (``ict``)."""
     multistep_noise: Literal["fresh", "first"] = "fresh"
     """What is added between sampling steps: fresh noise, as published and as the exported pipeline does, or again the
-    noise that the sample began with, which has lost less wherever it was measured (benchmarks/results/pools.md)."""
+    noise that the sample began with, which has given better samples (benchmarks/results/pools.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -136,10 +136,10 @@ def choosing():
         f"and by {pool('image', '1')} with image prediction",
         f"At 50 steps the smaller pool is as good or better: ({pool('flow', '50')}) and ({pool('image', '50')})",
         f"flow matching loses, by {pool('flow', 'dopri5')}",
-        f"as its batch does, {kept[0]} in one step of flow matching",
+        f"as its batch does at few steps, {kept[0]} in one step of flow matching",
         f"and loses least, {kept[1]} at 50 steps and {kept[2]} with the adaptive solver",
-        f"gains there too, {noisier['50', 1500]} at 50 steps and {noisier['dopri5', 1500]} with the adaptive solver",
-        f"after 1,500 training steps; after 6,000 it gains {noisier['50', 6000]} at 50 steps",
+        f"the whole dataset {noisier['50', 1500]} at 50 steps and {noisier['dopri5', 1500]} with the adaptive solver",
+        f"after 1,500 training steps, and {noisier['50', 6000]} at 50 steps after 6,000",
         "changes by {} at 1, {} at 5 and {} at 50 sampling steps with flow matching".format(*near["flow"]),
         "by {}, {} and {} with v prediction.".format(*near["v"]),
         f"128 rows in four classes gain {gain(128, condition='class')}, and {gain(128)} across them",
@@ -177,8 +177,8 @@ def choosing():
         f"it is {digits(lambda record: record['coupling_ms'] / record['step_ms']):.0%} of a step of the digit models",
         "in one step, " + consistency("ct", "1", "{} within 128 rows, {} within 2,048 and {} from the whole dataset"),
         f"2,000 training steps, {early.mean():.0f}, is nearly that of independent noise after 6,000, {late.mean():.0f}",
-        "Two steps give the gain away: " + consistency("ct", "2, fresh at 2.5"),
-        f"{renoised('independent')} without coupling, {renoised('batch')} within 128 rows",
+        "Two steps give the gain away: " + consistency("ct", "2, fresh at 2.5") + " with fresh noise at level 2.5",
+        f"at level 5 {renoised('independent')} without and {renoised('batch')} within 128 rows",
         "and loses: " + consistency("ict", "1") + " in one step",
         "weighted alike: " + consistency("ict-weights", "1"),
         *("32x32x3 crops", "n x n matrix"),
@@ -272,7 +272,8 @@ def test_comparisons_in_prose_are_those_of_the_records():
         changes = [noisier.change("flow-noisier", pairing, *cell) for cell in cells]
         assert all(change < 0 and agreed for change, agreed in changes)
         assert all(noisier.change("flow-noisier", pairing, "50", step)[0] < 0 for step in noisier.steps)
-        assert abs(noisier.change("flow-noisier", pairing, "dopri5")[0]) < 0.04
+    assert 0 < noisier.change("flow-noisier", "batch", "dopri5")[0] < 0.03
+    assert not noisier.change("flow-noisier", "semidiscrete", "dopri5")[1]
 
 
 def test_what_is_said_of_consistency_training_is_that_of_the_records():
@@ -298,7 +299,7 @@ def test_what_is_said_of_consistency_training_is_that_of_the_records():
             fresh, repeated, coupled = (
                 between.at("ct", pairing, f"2, {kind} at {level}").mean() for kind in ("fresh", "repeated", "coupled")
             )
-            assert 0.57 < repeated / fresh < 0.7
+            assert 0.575 < repeated / fresh < 0.695
             assert coupled == pytest.approx(repeated, rel=0.05)
 
 

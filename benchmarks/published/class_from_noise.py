@@ -137,4 +137,5 @@ TABLE = Table(
         "the classifier, its training and the 640 rows coupled together are our own",
     ),
     run=run,
+    beside="chance",
 )

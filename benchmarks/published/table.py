@@ -34,6 +34,8 @@ class Table:
         Where the set-up is not the published one.
     run : callable
         ``run(cell, seeds, settings, place)`` measures a cell: for each seed the values by name of the measure.
+    beside : str
+        What the values of the cells are: published, or what else ours are held against.
     """
 
     name: str
@@ -44,3 +46,4 @@ class Table:
     cells: dict[str, dict[str, Value]]
     departures: tuple[str, ...]
     run: Callable[[str, Sequence[int], Settings, Place], list[dict[str, float]]]
+    beside: str = "published"

@@ -39,7 +39,7 @@ def comparison(name: str, records: list[Record]) -> str:
             mean = spread(statistics.mean(ours), statistics.stdev(ours) if len(ours) > 1 else None) if ours else ""
             judged = verdict(ours, value) if ours and value is not None else "" if ours else "not measured yet"
             rows.append([cell, measure, told, mean, str(len(ours) or ""), judged])
-    return markdown(["cell", "measure", "published", "here", "seeds", ""], rows)
+    return markdown(["cell", "measure", PUBLISHED[name].beside, "here", "seeds", ""], rows)
 
 
 def departures(name: str) -> str:
