@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation_tables, pools_tables, solver_steps, solver_tables, tables, training_tables
+from benchmarks.published import TABLES as PUBLISHED
 from benchmarks.published import tables as published
+from benchmarks.published.measures import verdict
 from couplings.kernels.assignment.costs import CAP
 from couplings.kernels.assignment.tuning import TUNING
 
@@ -301,6 +303,21 @@ def test_what_is_said_of_consistency_training_is_that_of_the_records():
             )
             assert 0.575 < repeated / fresh < 0.695
             assert coupled == pytest.approx(repeated, rel=0.05)
+
+
+def test_pairs_that_do_not_see_the_condition_are_worse_than_random_ones():
+    """What published.md says of C2OT's toy, which every cell agrees with."""
+    toy, found = PUBLISHED["c2ot-toy"], {}
+    for record in published.committed():
+        if record["table"] == toy.name:
+            found.setdefault(record["cell"], []).append(record["measured"])
+    for cell, values in toy.cells.items():
+        for measure, value in values.items():
+            assert verdict([measured[measure] for measured in found[cell]], value) == "agrees"
+    adaptive = {cell: statistics.fmean(values["adaptive"] for values in found[cell]) for cell in found}
+    for told in ("class", "x"):
+        assert adaptive[f"c2ot-{told}"] < adaptive[f"fm-{told}"] < adaptive[f"ot-{told}"]
+    assert adaptive["ot"] < adaptive["fm"]
 
 
 def test_a_number_that_no_record_supports_is_found():
