@@ -121,7 +121,7 @@ class Replayed:
     """
 
     def __init__(self, function: Callable[[Any], Tensor], example: Any) -> None:
-        self._given = replace(example, **{name: x.clone() for name, x in _tensors(example).items()})
+        self._given = replace(example, **{name: x.clone() for name, x in tensors(example).items()})
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what libraries set up in the first calls is no part of it
@@ -134,11 +134,12 @@ class Replayed:
 
     def __call__(self, given: Any) -> Tensor:
         """Call the function; the next call overwrites what it returns."""
-        for name, x in _tensors(given).items():
+        for name, x in tensors(given).items():
             getattr(self._given, name).copy_(x)
         self._graph.replay()
         return self._returned
 
 
-def _tensors(fields: Any) -> dict[str, Tensor]:
+def tensors(fields: Any) -> dict[str, Tensor]:
+    """Return the tensors of a dataclass by name, without those that are None."""
     return {name: x for name, x in vars(fields).items() if x is not None}

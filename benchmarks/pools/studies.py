@@ -21,7 +21,7 @@ from integrations.flow_matching import TIME_SCALE
 from integrations.randomness import Draws
 
 from ..training import RECIPES
-from .networks import Stack
+from .networks import Stack, tensors
 
 Pair = tuple[Tensor, Tensor]
 
@@ -78,8 +78,9 @@ class Study(ABC):
     def mixed(self, data: Tensor, noise: Tensor, draws: Draws) -> Any:
         """Let every objective mix the same pairs, a batch for each seed, and concatenate what they give."""
         parts = [objective.mix(data, noise, draws) for objective in self.objectives.values()]
-        fields = [field.name for field in dataclasses.fields(parts[0]) if getattr(parts[0], field.name) is not None]
-        return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+        return type(parts[0])(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors(parts[0])}
+        )
 
     def begin(self, weights: Tensor) -> None:  # noqa: B027
         """Take what follows the networks from their first weights."""
@@ -256,8 +257,9 @@ class Consistency(Study):
         sigma_max, sigma_min = objective.config.sigma_max, objective.config.sigma_min
         first = denoise(sigma_max * noise, sigma_max)
         yield "1", first
+        noises = self.added(stack, first, noise, fresh)
         for sigma in self.between:
-            for title, added in self.added(stack, first, noise, fresh).items():
+            for title, added in noises.items():
                 yield f"2, {title} at {sigma}", denoise(first + math.sqrt(sigma**2 - sigma_min**2) * added, sigma)
         data, paired = pair
         for sigma in self.shown:
